@@ -1,0 +1,42 @@
+# One command per chore. `make help` lists them.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint types format clean
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	touch $@
+
+install: $(VENV)/installed  ## make the virtual environment and install everything into it
+
+demo: install  ## the main job on real input: train, evaluate, save, reload, generate
+	$(BIN)/monkeyjump demo
+
+test: install  ## the fast tests (at most about 10 minutes)
+	$(PYTEST)
+
+test-all: install  ## the fast and the slow tests
+	$(PYTEST) -m 'slow or not slow'
+
+lint: install  ## style and common mistakes
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+
+types: install  ## static types
+	$(BIN)/mypy
+
+format: install  ## rewrite the sources in the house style
+	$(BIN)/ruff check --fix src tests
+	$(BIN)/ruff format src tests
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 12

@@ -1,0 +1,1 @@
+"""Mixture-of-experts behaviour from the PEFT adapters a model already has."""
