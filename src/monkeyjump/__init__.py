@@ -1,1 +1,29 @@
-"""Mixture-of-experts behaviour from the PEFT adapters a model already has."""
+"""Mixture-of-experts behaviour from the PEFT adapters a model already has.
+
+    from peft import get_peft_model
+    from monkeyjump import CenterUpdate, MonkeyJumpConfig, initialize_centers
+
+    model = get_peft_model(base_model, MonkeyJumpConfig(base="lora", r=8))
+    initialize_centers(model, train_loader)
+    Trainer(model, args, train_dataset=data, callbacks=[CenterUpdate()]).train()
+"""
+
+from monkeyjump.config import MonkeyJumpConfig
+from monkeyjump.presets import PRESETS
+from monkeyjump.tuner import LoraFAConfig, PropulsionConfig
+from monkeyjump.tuner.callback import CenterUpdate
+from monkeyjump.tuner.initialize import initialize_centers
+from monkeyjump.tuner.inspect import describe_routing, record_routing
+from monkeyjump.tuner.model import routing_inputs
+
+__all__ = [
+    "PRESETS",
+    "CenterUpdate",
+    "LoraFAConfig",
+    "MonkeyJumpConfig",
+    "PropulsionConfig",
+    "describe_routing",
+    "initialize_centers",
+    "record_routing",
+    "routing_inputs",
+]

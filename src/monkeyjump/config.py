@@ -1,0 +1,163 @@
+"""`MonkeyJumpConfig`: how a block's adapters are routed, on top of any PEFT method's own config."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+
+from monkeyjump.presets import PRESETS, Preset
+from monkeyjump.suggest import check_choice, did_you_mean
+
+CHOICES = {
+    "granularity": ("token", "last", "mean", "max", "prompt_end", "task"),
+    "similarity": ("cosine", "dot", "euclidean", "l1"),
+    "gate_norm": ("k", "one", "none"),
+    "ema_assignment": ("topk", "top1"),
+    "ema_space": ("sphere", "raw", "mixed"),
+    "center_init": ("kmeans", "random", "random_normalized", "random_tokens", "trainable"),
+}
+
+
+def _field(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class MonkeyJumpConfig(PeftConfig):
+    """Route each token to the top-k of the adapters that a block already has.
+
+    `MonkeyJumpConfig(base="lora", r=8, target_modules=[...])` returns an instance of a generated
+    class that is both this and the base method's config (`LoraConfig`), so that every field of the
+    base method passes through. `base` is any PEFT method by name ("lora", "lora_fa", "adalora",
+    "propulsion", "ia3", "vera", "loha", ...).
+
+    Raises:
+        TypeError: an unknown field; the message lists the near misses.
+        ValueError: a value outside its range; the message names field, value and remedy.
+    """
+
+    base: str = _field("lora", "PEFT method whose adapters are routed.")
+    shared_modules: list[str] | str | None = _field(
+        None,
+        "Targets that act on every token, by name or regex. None: the attention output and the gate "
+        "projection where targeted, as long as something stays routed. []: none.",
+    )
+    layers_to_route: list[int] | int | None = _field(None, "Blocks with routing, by index; None: all.")
+    expert_order: list[str] | str | None = _field(
+        None,
+        "Which routed slot takes which center: names in order. None: the order in which the block defines "
+        "its modules. 'targets': the order of target_modules.",
+    )
+    granularity: str = _field("token", "What one routing decision is for: " + ", ".join(CHOICES["granularity"]))
+    similarity: str = _field(
+        "cosine",
+        "Score of a hidden state against a center. The others than cosine see raw states, and a "
+        "temperature that suits cosine does not suit them.",
+    )
+    top_k: int = _field(2, "Routed adapters that act on a token.")
+    temperature: float = _field(1.0, "tau: logits are divided by it before the softmax.")
+    gate_norm: str = _field("k", "What the chosen gates sum to: k, one, or none (Eq. 4 as written).")
+    jitter_noise: float = _field(0.0, "j: in training, logits times a factor uniform in [1 - j, 1 + j].")
+    ema_momentum: float = _field(0.5, "beta of the centers' moving average.")
+    ema_assignment: str = _field("topk", "Tokens that move a center: all routed to it (topk), or top1.")
+    ema_space: str | None = _field(
+        None, "sphere, raw or mixed; None: sphere for cosine, raw for the other similarities."
+    )
+    center_init: str = _field("kmeans", "Start of the centers: " + ", ".join(CHOICES["center_init"]))
+    center_seed: int = _field(0, "Seed of the random starts.")
+    num_centers: int | None = _field(
+        None, "Fewer centers than routed adapters: adapter e takes center e mod this. None: one each."
+    )
+    task_experts: dict[int, list[str]] | None = _field(
+        None, "granularity='task': slots of each task id. None: the slot with number id mod E."
+    )
+    base_fingerprint: dict[str, list[float]] | None = _field(
+        None, "Sampled weights of the base model, written when saving and compared when loading."
+    )
+
+    default_of_base: ClassVar[dict[str, Any]] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05}
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> MonkeyJumpConfig:
+        if cls is MonkeyJumpConfig:
+            from monkeyjump.tuner.registry import config_class  # the generated classes derive from this one
+
+            cls = config_class(kwargs.get("base", args[0] if args else "lora"))
+        known = {f.name for f in dataclasses.fields(cls)}
+        for name in kwargs:
+            if name not in known:
+                raise TypeError(  # PEFT recognizes these words and tolerates fields of newer versions
+                    f"MonkeyJumpConfig got an unexpected keyword argument {name!r} (value {kwargs[name]!r}): "
+                    f"{did_you_mean(name, known)}base={kwargs.get('base', 'lora')!r} has the fields "
+                    f"{', '.join(sorted(known))}"
+                )
+        return object.__new__(cls)
+
+    def __post_init__(self) -> None:
+        if self.expert_order == "targets":
+            self.expert_order = _target_order(self)
+        super().__post_init__()
+        if self.ema_space is None:
+            self.ema_space = "sphere" if self.similarity == "cosine" else "raw"
+        if self.task_experts is not None:  # JSON has no integer keys
+            self.task_experts = {int(task): list(slots) for task, slots in self.task_experts.items()}
+        self._check()
+
+    def _check(self) -> None:
+        for name, options in CHOICES.items():
+            check_choice(name, getattr(self, name), options)
+        _check_range("top_k", self.top_k, self.top_k >= 1, "use at least 1")
+        _check_range("temperature", self.temperature, self.temperature > 0, "use a number above 0")
+        _check_range("jitter_noise", self.jitter_noise, 0 <= self.jitter_noise < 1, "use a number in [0, 1)")
+        _check_range("ema_momentum", self.ema_momentum, 0 <= self.ema_momentum <= 1, "use a number in [0, 1]")
+        enough = self.num_centers is None or self.num_centers >= 1
+        _check_range("num_centers", self.num_centers, enough, "use at least 1, or None")
+        if self.similarity != "cosine":
+            raw = self.ema_space == "raw"
+            _check_range("ema_space", self.ema_space, raw, f"similarity={self.similarity!r} needs 'raw'")
+        if self.task_experts is not None and self.granularity != "task":
+            raise ValueError(
+                f"task_experts is set but granularity={self.granularity!r} never reads it; use granularity='task'"
+            )
+
+    @classmethod
+    def from_preset(cls, preset: str, **overrides: Any) -> MonkeyJumpConfig:
+        """A named setting (`recommended`, `paper`, `released`, `readme`, `ablation`), overrides on top.
+
+        The presets' schedules and k-means arguments are in `monkeyjump.PRESETS[name]`.
+        """
+        check_choice("preset", preset, PRESETS)
+        chosen: Preset = PRESETS[preset]
+        return cls(**{**chosen.config, **overrides})
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, and into the adapter's README the import that loading needs."""
+        from monkeyjump.tuner.folder import note_import
+
+        super().save_pretrained(save_directory, **kwargs)
+        note_import(save_directory)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
+        """As PEFT's, after checking that a local adapter's weights are whole."""
+        from monkeyjump.tuner.folder import check_weights
+
+        check_weights(pretrained_model_name_or_path, subfolder)
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+
+def _target_order(config: MonkeyJumpConfig) -> list[str]:
+    targets = getattr(config, "target_modules", None)
+    if not isinstance(targets, (list, tuple)):
+        raise ValueError(
+            f"expert_order='targets' needs target_modules as a list of names, but it is {targets!r}; name the "
+            "order in expert_order itself"
+        )
+    return list(targets)
+
+
+def _check_range(name: str, value: object, fine: bool, remedy: str) -> None:
+    if not fine:
+        raise ValueError(f"{name}={value!r} is out of range: {remedy}")

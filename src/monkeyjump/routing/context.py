@@ -1,0 +1,195 @@
+"""What one forward pass knows that a block cannot see: masks, labels, task ids.
+
+A block is handed hidden states and, at best, a 4-D attention mask; which tokens are padding, where
+the prompt ends and which task a row belongs to is known further out. Pre-hooks on the outermost
+model and on the model that directly holds the blocks push a `Frame`; the blocks read the stack.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from monkeyjump.routing.pooling import Granularity, end_of_length, prompt_end
+
+OURS = {"mj_prompt_lengths": "prompt_lengths", "task_ids": "task_ids", "mj_task_ids": "task_ids"}
+CACHE_KEYWORDS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
+
+
+@dataclass
+class Frame:
+    """One model call.
+
+    Attributes:
+        mask: its attention mask: `[B, T]`, `[B, 1, T, S]`, a dict of such, or None (all attended).
+        labels: `[B, T]`; never an encoder-decoder's, which speak of the decoder's tokens alone.
+        prompt_lengths: `[B]`, attended prompt tokens, given by the caller.
+        task_ids: `[B]`.
+        position_ids: `[B, T]`, where the caller gave them.
+        packed: whether the caller passed sequence boundaries of a padding-free batch.
+        offset: tokens already in the cache.
+    """
+
+    mask: Any = None
+    labels: Tensor | None = None
+    prompt_lengths: Tensor | None = None
+    task_ids: Tensor | None = None
+    position_ids: Tensor | None = None
+    packed: bool = False
+    offset: int = 0
+    prompt_end: Tensor | None = None  # from the labels, computed once for all blocks
+
+
+@functools.lru_cache(maxsize=256)
+def _signature(forward: Callable) -> inspect.Signature:
+    return inspect.signature(forward)
+
+
+class ForwardContext:
+    """The stack of frames of the running forward pass; one per base model."""
+
+    def __init__(self) -> None:
+        self.frames: list[Frame] = []
+        self.sequence_modes = False  # whether any router decides per sequence
+        self.warned: set[str] = set()
+
+    def __getstate__(self) -> dict:
+        # for pickle and deepcopy: frames hold activations, and a copy is inside nobody's forward pass
+        return {**self.__dict__, "frames": [], "warned": set()}
+
+    # ------------------------------------------------------------------ hooks
+
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Forward pre-hook: note what this call was given, and take off what is only for us."""
+        self.frames.append(frame := Frame())  # first, so that `leave` always has something to pop
+        signature = _signature(type(module).forward)
+        for name in [n for n in OURS if n in kwargs and n not in signature.parameters]:
+            setattr(frame, OURS[name], kwargs.pop(name))
+        given = _by_name(signature, module, args, kwargs)
+        frame.mask = given.get("attention_mask")
+        frame.position_ids = given.get("position_ids")
+        frame.packed = given.get("cu_seq_lens_q") is not None
+        if not _is_encoder_decoder(module):
+            frame.labels = given.get("labels")
+        cache = next((given[name] for name in CACHE_KEYWORDS if given.get(name) is not None), None)
+        if cache is not None and (self.sequence_modes or _is_square(frame.mask)):
+            # asked here, before the first block lengthens the cache
+            frame.offset = int(cache.get_seq_length())
+        return args, kwargs
+
+    def leave(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        """Forward hook, also called when the forward raised."""
+        self.frames.pop()
+
+    @contextmanager
+    def inputs(self, **given: Any) -> Iterator[None]:
+        """Push a frame by hand, for what cannot travel as a keyword (`generate` refuses unknown ones)."""
+        self.frames.append(Frame(**given))
+        try:
+            yield
+        finally:
+            self.frames.pop()
+
+    def warn_once(self, key: str, message: str) -> None:
+        if key not in self.warned:
+            self.warned.add(key)
+            warnings.warn(message, stacklevel=2)
+
+    # ------------------------------------------------------------------ questions
+
+    def first(self, name: str) -> Any:
+        """The innermost value of a field that belongs to the whole pass, or None."""
+        return next((v for f in reversed(self.frames) if (v := getattr(f, name)) is not None), None)
+
+    def attended(self, batch: int, length: int, device: torch.device) -> Tensor | None:
+        """Which of a block's tokens are real: bool `[B, T]`, or None where all of them are."""
+        if not self.frames:
+            return None
+        # the innermost model call is the one whose tokens the block sees: in an encoder-decoder or
+        # a vision-language model the outer mask may speak of other tokens
+        frame = self.frames[-1]
+        mask = as_attended(frame.mask, batch, length, frame.offset)
+        return None if mask is None else mask.to(device)
+
+    def prompt_end(self, granularity: Granularity, batch: int, length: int, attended: Tensor | None) -> Tensor | None:
+        """Index of the prompt's last token, long `[B]`; None means the last attended token."""
+        if granularity != "prompt_end" or not self.frames:
+            return None
+        lengths = self.first("prompt_lengths")
+        if lengths is not None:
+            return end_of_length(lengths, attended)
+        frame = next((f for f in reversed(self.frames) if f.labels is not None), None)
+        if frame is None or frame.labels is None or frame.labels.shape != (batch, length):
+            return None
+        if frame.prompt_end is None:
+            frame.prompt_end = prompt_end(frame.labels)
+        return frame.prompt_end
+
+    def is_packed(self, attended: Tensor | None) -> bool:
+        """Whether rows hold several sequences: boundaries given, or positions that restart."""
+        if any(frame.packed for frame in self.frames):
+            return True
+        positions = self.first("position_ids")
+        if positions is None or positions.dim() != 2 or positions.shape[1] < 2:
+            return False
+        restarts = positions.diff(dim=1) <= 0
+        if attended is not None and attended.shape == positions.shape:
+            restarts = restarts & attended[:, 1:] & attended[:, :-1]  # padding repeats positions
+        elif attended is not None:
+            return False
+        return bool(restarts.any())
+
+
+def as_attended(mask: Any, batch: int, length: int, offset: int) -> Tensor | None:
+    """A transformers attention mask as bool `[B, T]`.
+
+    Args:
+        mask: `[B, S]` with S >= T (the last T columns are this call's tokens), or `[B, 1, T, S]`
+            (bool, or additive with 0 for attended): a token is real where it attends to itself,
+            which is the diagonal that starts at the cache offset; a dict of such masks; or None.
+        batch, length: B and T of the hidden states.
+        offset: tokens already in the cache.
+
+    Raises:
+        ValueError: the mask speaks of another number of tokens.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if mask is None or not torch.is_tensor(mask):
+        return None
+    if mask.dim() == 4:
+        diagonal = mask[:, 0].diagonal(offset=offset, dim1=-2, dim2=-1)[:, :length].expand(batch, -1)
+        mask = diagonal if diagonal.dtype == torch.bool else diagonal >= 0
+    if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < length:
+        raise ValueError(
+            f"attention_mask of shape {tuple(mask.shape)} does not fit hidden states of {batch} rows and "
+            f"{length} tokens: pass one mask value per token"
+        )
+    return mask[:, -length:].bool()
+
+
+def _by_name(signature: inspect.Signature, module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """The call's arguments by parameter name, those of `**kwargs` included."""
+    given = dict(signature.bind_partial(module, *args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            given.update(given.pop(parameter.name, {}))
+    return given
+
+
+def _is_square(mask: Any) -> bool:
+    if isinstance(mask, dict):
+        mask = next(iter(mask.values()), None)
+    return torch.is_tensor(mask) and mask.dim() == 4
+
+
+def _is_encoder_decoder(module: nn.Module) -> bool:
+    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))

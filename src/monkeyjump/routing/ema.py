@@ -1,0 +1,70 @@
+"""How centers follow their tokens: sums gathered in the forward pass, moved between steps (Eq. 6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EmaSpace = Literal["sphere", "raw", "mixed"]
+EmaAssignment = Literal["topk", "top1"]
+
+
+@dataclass
+class CenterStatistics:
+    """Sums and counts of the states assigned to each center.
+
+    Plain tensors, never buffers: DDP overwrites every rank's buffers with rank 0's.
+
+    Attributes:
+        sums: `[C, d]` float32.
+        counts: `[C]` float32.
+    """
+
+    sums: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, states: Tensor, assigned: Tensor, space: EmaSpace) -> CenterStatistics:
+        """Statistics of one batch.
+
+        Args:
+            states: `[N, d]`, attended tokens (or sequence representations) only.
+            assigned: bool `[N, C]`, the centers that each state counts for.
+            space: `sphere` sums unit vectors, the others raw states.
+        """
+        states = F.normalize(states.float(), dim=-1) if space == "sphere" else states.float()
+        weight = assigned.float()
+        return cls(weight.T @ states, weight.sum(0))
+
+    def __add__(self, other: CenterStatistics | None) -> CenterStatistics:
+        if other is None:
+            return self
+        return CenterStatistics(self.sums + other.sums, self.counts + other.counts)
+
+    __radd__ = __add__
+
+
+def moved_centers(centers: Tensor, statistics: CenterStatistics, momentum: float, space: EmaSpace) -> Tensor:
+    """Centers after one EMA update: `c <- beta c + (1 - beta) mean(h)` (Eq. 6, App. D.3).
+
+    Args:
+        centers: `[C, d]` float32.
+        statistics: what was gathered since the last update; a center without a state stays.
+        momentum: beta.
+        space: `sphere`: unit vectors averaged, center renormalized; `raw`: the paper's letter;
+            `mixed`: raw means into a unit center, renormalized, as in the authors' released code.
+
+    Returns:
+        `[C, d]` float32.
+    """
+    counts = statistics.counts[:, None]
+    mean = statistics.sums / counts.clamp_min(1)
+    start = centers if space == "raw" else F.normalize(centers, dim=-1)
+    moved = momentum * start + (1 - momentum) * mean
+    if space != "raw":
+        moved = F.normalize(moved, dim=-1)
+    return torch.where(counts > 0, moved, centers)

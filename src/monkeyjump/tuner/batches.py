@@ -1,0 +1,98 @@
+"""From what a user has (a loader, rows, texts) to batches that a model can be called with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from monkeyjump.routing.context import OURS
+from monkeyjump.routing.pooling import IGNORED_LABEL
+
+
+def batches_of(data: Any, tokenizer: Any, batch_size: int, seed: int) -> Iterator[Mapping[str, Any]]:
+    """Batches of `data`, which is a loader or iterable of batches, a data set of rows, or texts.
+
+    Rows and texts come in a seeded random order; batches come as they are.
+
+    Raises:
+        ValueError: texts without a tokenizer, rows without `input_ids`, or no data at all.
+    """
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping):
+        if len(data) == 0:
+            raise ValueError("data is empty; pass at least one batch, row or text")
+        if not _is_batch(data[0]):
+            return _batches_of_rows(data, tokenizer, batch_size, seed)
+    return iter(data)
+
+
+def _is_batch(item: Any) -> bool:
+    first = item.get("input_ids") if isinstance(item, Mapping) else None
+    return torch.is_tensor(first) and first.dim() == 2
+
+
+def _batches_of_rows(data: Any, tokenizer: Any, batch_size: int, seed: int) -> Iterator[Mapping[str, Any]]:
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+    for start in range(0, len(order), batch_size):
+        rows = [data[i] for i in order[start : start + batch_size]]
+        if isinstance(rows[0], str):
+            if tokenizer is None:
+                raise ValueError("data is a list of texts: pass the model's tokenizer=, too")
+            rows = [dict(tokenizer(row, truncation=True)) for row in rows]
+        yield _collate(rows)
+
+
+def _collate(rows: list[Any]) -> dict[str, Tensor]:
+    """Rows of lists, padded on the right to the longest: masks and labels say what is padding."""
+    if not isinstance(rows[0], Mapping) or "input_ids" not in rows[0]:
+        has = ", ".join(rows[0]) if isinstance(rows[0], Mapping) else type(rows[0]).__name__
+        raise ValueError(f"data has rows without input_ids (they hold: {has}); tokenize them first")
+    rows = [{**row, "attention_mask": row.get("attention_mask", [1] * len(row["input_ids"]))} for row in rows]
+    batch = {}
+    for name, value in rows[0].items():
+        if isinstance(value, str) or not _is_numeric(value):
+            continue
+        tensors = [torch.as_tensor(row[name]) for row in rows]
+        if tensors[0].dim() == 0:
+            batch[name] = torch.stack(tensors)
+        elif tensors[0].dim() == 1:
+            fill = IGNORED_LABEL if name == "labels" else 0
+            batch[name] = pad_sequence(tensors, batch_first=True, padding_value=fill)
+        else:
+            batch[name] = torch.stack(tensors)
+    return batch
+
+
+def _is_numeric(value: Any) -> bool:
+    if torch.is_tensor(value) or isinstance(value, (int, float)):
+        return True
+    return isinstance(value, Iterable) and all(isinstance(v, (int, float, list)) for v in value)
+
+
+def forward_inputs(model: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split a batch into what the model is called with and what its routers are told.
+
+    Labels go to the routers alone (`prompt_end` reads them), so that no loss is computed; an
+    encoder-decoder needs them to know its decoder's input. Columns that the model does not take are
+    left out, and logits that nobody reads are not computed.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    takes = inspect.signature(base.forward).parameters
+    device = next(base.parameters()).device
+    inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items() if k in takes}
+    told = {OURS[k]: v.to(device) for k, v in batch.items() if k in OURS and v is not None}
+    encoder_decoder = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    if not encoder_decoder and inputs.get("labels") is not None:
+        told["labels"] = inputs.pop("labels")
+    if "logits_to_keep" in takes:
+        inputs["logits_to_keep"] = 1
+    if "use_cache" in takes:
+        inputs["use_cache"] = False
+    if not inputs:
+        raise ValueError(f"data has batches of {', '.join(batch)}, none of which the model takes; rename the columns")
+    return inputs, told

@@ -1,0 +1,188 @@
+"""`CenterUpdate`: what moves between optimizer steps: the centers, and AdaLoRA's ranks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from peft.tuners.adalora import AdaLoraModel
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from monkeyjump.presets import PRESETS
+from monkeyjump.routing.ema import moved_centers
+from monkeyjump.suggest import check_choice
+from monkeyjump.tuner.model import routers
+from monkeyjump.tuner.router import Router
+from monkeyjump.tuner.state import split_training_state, training_state
+
+
+class CenterUpdate(TrainerCallback):
+    """Move the centers every `every` completed optimizer steps until step `until` (Eq. 6).
+
+    Under Trainer: `Trainer(..., callbacks=[CenterUpdate()])`. In a plain loop:
+    `CenterUpdate().attach(model, optimizer, total_steps=n)`, nothing else. Statistics are gathered in
+    training forwards over all micro-batches since the last update; a step that was skipped
+    (fp16 overflow) neither counts nor leaves its statistics. For AdaLoRA it also runs PEFT's rank
+    schedule, which Trainer alone never calls.
+
+    A checkpoint saved in between carries what was gathered, in the adapter's file, so that a resumed
+    run equals the uninterrupted one.
+
+    Args:
+        every: optimizer steps from one update to the next.
+        until: last step with an update: an integer, or a share of all steps in (0, 1].
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    def __init__(self, every: int = 2, until: int | float = 0.6) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every={every!r} is out of range: use an integer of at least 1")
+        share = isinstance(until, float) and 0 < until <= 1
+        steps = isinstance(until, int) and not isinstance(until, bool) and until >= 0
+        if not (share or steps):
+            raise ValueError(f"until={until!r} is out of range: use a number of steps, or a share of them in (0, 1]")
+        self.every, self.until = every, until
+        self.completed = 0
+        self.last: int | None = until if steps else None  # type: ignore[assignment]
+        self._routers: list[Router] = []
+        self._adalora: AdaLoraModel | None = None
+
+    @classmethod
+    def from_preset(cls, preset: str) -> CenterUpdate:
+        """The schedule of a preset: `recommended`, `paper`, `released`, `readme`, `ablation`."""
+        check_choice("preset", preset, PRESETS)
+        return cls(**PRESETS[preset].center_update)
+
+    # ------------------------------------------------------------------ plain loops
+
+    def attach(self, model: nn.Module, optimizer: Any, total_steps: int | None = None) -> CenterUpdate:
+        """Update after every step of `optimizer` (accelerate's wrapper is looked through).
+
+        Args:
+            total_steps: optimizer steps of the whole run; needed where `until` is a share.
+        """
+        self._begin(model, total_steps, resumed_at=None)
+        getattr(optimizer, "optimizer", optimizer).register_step_post_hook(self._after_step)
+        return self
+
+    def _after_step(self, optimizer: Any, args: tuple, kwargs: dict) -> None:
+        self._allocate_ranks(self.completed + 1)
+        self.step()
+
+    def step(self) -> None:
+        """One optimizer step was completed."""
+        self.completed += 1
+        due = self.completed % self.every == 0
+        for router in self._routers:
+            for adapter in [a for a, on in router.gathering.items() if on]:
+                _keep_pending(router, adapter)
+                router.steps[adapter] = self.completed
+                if due:
+                    _move(router, adapter)
+        if self.last is not None and self.completed >= self.last:
+            self._stop()
+
+    def skip(self) -> None:
+        """The optimizer refused a step: forget what was gathered for it."""
+        for router in self._routers:
+            router.pending.clear()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Counter and gathered statistics, for plain loops that do not save the adapter with them."""
+        state: dict[str, Tensor] = {"completed": torch.tensor(self.completed)}
+        for adapter in self._adapters():
+            for router in self._routers:
+                state.update({f"{adapter}|{k}": v for k, v in training_state(router, adapter).items()})
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state_dict`, after `attach`."""
+        self.completed = int(state["completed"])
+        for adapter in self._adapters():
+            mine = {k.partition("|")[2]: v for k, v in state.items() if k.startswith(f"{adapter}|")}
+            for router in self._routers:
+                split_training_state(mine)[1].restore(router, adapter)
+        if self.last is not None and self.completed >= self.last:
+            self._stop()
+
+    def _adapters(self) -> list[str]:
+        return sorted({adapter for router in self._routers for adapter in router.centers})
+
+    # ------------------------------------------------------------------ Trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._begin(model, state.max_steps, resumed_at=state.global_step)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        if not _was_skipped(optimizer):  # the gradients, which the ranks are allotted by, are still there
+            self._allocate_ranks(state.global_step + 1)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        if _was_skipped(optimizer):
+            self.skip()
+        else:
+            self.step()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stop()
+
+    # ------------------------------------------------------------------ inside
+
+    def _begin(self, model: nn.Module, total_steps: int | None, resumed_at: int | None) -> None:
+        self._routers = routers(model)
+        self._adalora = next((m for m in model.modules() if isinstance(m, AdaLoraModel)), None)
+        if isinstance(self.until, float):
+            if total_steps is None:
+                raise ValueError(f"until={self.until} is a share of all steps: pass total_steps= to attach as well")
+            self.last = math.floor(self.until * total_steps)
+        self._check_total_step(total_steps)
+        moving = [(r, a) for r in self._routers for a in r.active_adapters if a in r.centers]
+        saved = [r.steps[a] for r, a in moving if a in r.steps]
+        fresh = resumed_at == 0 or (resumed_at is None and not saved)
+        self.completed = 0 if fresh else (saved[0] if saved else int(resumed_at or 0))
+        for router, adapter in moving:
+            if fresh:
+                router.gathered.pop(adapter, None)
+            router.pending.pop(adapter, None)
+            router.gathering[adapter] = self.last is None or self.completed < self.last
+
+    def _stop(self) -> None:
+        """Freeze the centers and leave no training state behind."""
+        for router in self._routers:
+            for kept in (router.gathering, router.pending, router.gathered, router.steps):
+                kept.clear()
+
+    def _check_total_step(self, total_steps: int | None) -> None:
+        if self._adalora is None or total_steps is None:
+            return
+        config = self._adalora.peft_config[self._adalora.trainable_adapter_name]
+        if config.total_step != total_steps:
+            raise ValueError(
+                f"total_step={config.total_step} is what AdaLoRA's rank schedule runs over, but this run has "
+                f"{total_steps} optimizer steps; set total_step={total_steps}"
+            )
+
+    def _allocate_ranks(self, step: int) -> None:
+        if self._adalora is not None:
+            self._adalora.update_and_allocate(step)
+
+
+def _keep_pending(router: Router, adapter: str) -> None:
+    pending = router.pending.pop(adapter, None)
+    if pending is not None:
+        router.gathered[adapter] = pending + router.gathered.get(adapter)
+
+
+def _move(router: Router, adapter: str) -> None:
+    gathered = router.gathered.pop(adapter, None)
+    if gathered is not None:
+        config, centers = router.configs[adapter], router.centers[adapter]
+        centers.copy_(moved_centers(centers, gathered, config.ema_momentum, config.ema_space))  # type: ignore[arg-type]
+
+
+def _was_skipped(optimizer: Any) -> bool:
+    return bool(getattr(optimizer, "step_was_skipped", False))

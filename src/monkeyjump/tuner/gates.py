@@ -1,0 +1,172 @@
+"""How the gates of a block reach the adapters in it, and how an adapted layer applies its own.
+
+    y = W x + m * delta(x)        m: this slot's gate, [B, T, 1] or [B, 1, 1]
+
+Plain LoRA gates at rank r, `B((A x) * m * s)`, so that nothing as wide as the output is held for it.
+Any other method gates the residual, `W x + m * (adapted(x) - W x)`, with the base layer's own output
+caught on its way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+
+class GateBox:
+    """Where a block leaves its gates for the layers inside it while its forward runs."""
+
+    def __init__(self) -> None:
+        self.gates: dict[str, Tensor] | None = None
+
+    def __getstate__(self) -> dict:
+        return {"gates": None}  # activations: not for pickle or deepcopy
+
+
+class Gate:
+    """The gate of one slot: column `slot` of the block's gates for `adapter`."""
+
+    def __init__(self, box: GateBox, adapter: str, slot: int, name: str) -> None:
+        self.box, self.adapter, self.slot, self.name = box, adapter, slot, name
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """This slot's gate, broadcastable over the last dimension of `x`.
+
+        Args:
+            x: the layer's input, `[B, T, d_in]` or flattened `[B * T, d_in]`.
+
+        Raises:
+            RuntimeError: the layer runs outside its block, or on other tokens than the block's.
+        """
+        if self.box.gates is None or self.adapter not in self.box.gates:
+            raise RuntimeError(
+                f"{self.name} was called outside its block, so there is no routing decision for it; "
+                "call the block, or add the layer to shared_modules"
+            )
+        m = self.box.gates[self.adapter][..., self.slot]  # [B, T] or [B, 1]
+        if x.dim() == 3 and m.shape[0] == x.shape[0] and m.shape[1] in (1, x.shape[1]):
+            return m.unsqueeze(-1)
+        if x.dim() == 2 and x.shape[0] % m.shape[0] == 0:
+            per_row = x.shape[0] // m.shape[0]
+            if m.shape[1] in (1, per_row):
+                return m.expand(-1, per_row).reshape(-1, 1)
+        raise RuntimeError(
+            f"{self.name} got an input of shape {tuple(x.shape)}, but its block routed {m.shape[0]} rows of "
+            f"{m.shape[1]} tokens; add it to shared_modules"
+        )
+
+
+def gate_of(layer: BaseTunerLayer, adapter: str) -> Gate | None:
+    """The layer's gate for `adapter`; None where it is shared or plain."""
+    return layer.__dict__.get("jump_gates", {}).get(adapter)
+
+
+def install_gate(layer: BaseTunerLayer, adapter: str, gate: Gate, *, clone_base: bool) -> None:
+    """Make `layer` apply `gate` to what `adapter` adds.
+
+    Args:
+        clone_base: the method adds in place to its base layer's output, which must be kept.
+    """
+    if "jump_gates" not in layer.__dict__:
+        layer.jump_gates = {}
+        # PEFT then removes the gate together with the adapter
+        layer.other_param_names = (*layer.other_param_names, "jump_gates")
+    layer.jump_gates[adapter] = gate
+    if isinstance(layer, AppliesGate):
+        return
+    if _is_plain_lora(layer, adapter):
+        layer.lora_variant[adapter] = RoutedLora()
+    elif not any(isinstance(_owner(hook), ResidualGate) for hook in layer._forward_hooks.values()):
+        residual = ResidualGate(clone_base)
+        layer.base_layer.register_forward_hook(residual.keep)
+        layer.register_forward_hook(residual.apply, with_kwargs=True)
+
+
+def remove_gates(layer: nn.Module) -> None:
+    """Take the residual hooks off again; PEFT discards the adapted layer but keeps its base layer."""
+    for hooks in (layer._forward_hooks, layer.base_layer._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(_owner(hook), ResidualGate):
+                del hooks[key]
+
+
+class AppliesGate:
+    """Mark of adapted layers of our own, which read their gate themselves."""
+
+
+class RoutedLora(LoraVariant):
+    """Plain LoRA with the gate applied at rank r. PEFT asks a variant for the whole output."""
+
+    def supports_lora_conversion(self) -> bool:
+        return False
+
+    @staticmethod
+    def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
+        pass
+
+    @staticmethod
+    def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        m = gate_of(module, active_adapter)(x) * module.scaling[active_adapter]
+        u = lora_a(module.lora_dropout[active_adapter](x))
+        if lora_b.bias is None:
+            return result + lora_b(u * m.to(u.dtype))
+        return result + lora_b(u) * m.to(u.dtype)  # the bias is part of what the adapter adds
+
+
+class ResidualGate:
+    """`W x + m * (adapted(x) - W x)` around an adapted layer of any method.
+
+    `keep` is a forward hook of the base layer, `apply` one of the adapted layer.
+    """
+
+    def __init__(self, clone_base: bool) -> None:
+        self.clone_base = clone_base
+        self.kept: tuple[Tensor, Tensor] | None = None
+
+    def __getstate__(self) -> dict:
+        return {"clone_base": self.clone_base, "kept": None}
+
+    def keep(self, base_layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        self.kept = (args[0], output)
+        return output.clone() if self.clone_base else None
+
+    def apply(self, layer: Any, args: tuple, kwargs: dict, adapted: Tensor) -> Tensor | None:
+        kept, self.kept = self.kept, None
+        if layer.disable_adapters or layer.merged:
+            return None
+        gated = [a for a in layer.active_adapters if gate_of(layer, a) is not None]
+        if not gated:
+            return None
+        if len(gated) > 1:
+            raise ValueError(
+                f"adapters {gated} are active at once in a layer of {type(layer).__name__}, whose method does not "
+                "tell apart what each of them adds; activate one, or use base='lora'"
+            )
+        x = args[0]
+        if kept is not None and kept[0] is x:
+            base = kept[1]
+        else:  # the method fed its base layer something else, or did without it
+            base = layer.base_layer(x)
+            self.kept = None
+        m = gate_of(layer, gated[0])(x)
+        return base + m.to(base.dtype) * (adapted.to(base.dtype) - base)
+
+
+def _is_plain_lora(layer: BaseTunerLayer, adapter: str) -> bool:
+    """Whether the layer consults `lora_variant` and has none yet (DoRA, aLoRA and the like have)."""
+    return (
+        isinstance(layer, LoraLayer)
+        and isinstance(layer.lora_A, nn.ModuleDict)  # AdaLoRA keeps bare parameters and has no variants
+        and adapter in layer.lora_A
+        and isinstance(layer.lora_A[adapter], nn.Linear)
+        and isinstance(layer.lora_variant.get(adapter), (RoutedLora, type(None)))
+    )
+
+
+def _owner(hook: Any) -> Any:
+    return getattr(hook, "__self__", None)

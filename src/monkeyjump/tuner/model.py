@@ -1,0 +1,255 @@
+"""`RoutedTuner`: what every routed method adds to its PEFT tuner."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from monkeyjump.config import MonkeyJumpConfig
+from monkeyjump.routing.context import ForwardContext
+from monkeyjump.tuner.block import ROUTER, RoutedBlock, install_router, remove_router
+from monkeyjump.tuner.folder import check_fingerprint, check_keys, fingerprint
+from monkeyjump.tuner.gates import Gate, install_gate, remove_gates
+from monkeyjump.tuner.methods import ADDS_IN_PLACE
+from monkeyjump.tuner.router import Router
+from monkeyjump.tuner.state import split_training_state, training_state
+from monkeyjump.tuner.targets import BlockPlan, check_targets, default_targets, plan_blocks
+
+logger = logging.getLogger("monkeyjump")
+
+CANNOT_MERGE = (
+    "routed adapters cannot be merged: which of them act differs from token to token, so no single weight "
+    "matrix equals them; keep the adapter, or use unload() to take it off"
+)
+
+
+class RoutedTuner:
+    """Mixin before a PEFT tuner class: routes the adapters that the tuner injects.
+
+    The tuner does its own work unchanged; this finds the layers that it made, gives each block a
+    router and each routed layer its gate.
+    """
+
+    model: nn.Module
+    peft_config: dict[str, PeftConfig]
+
+    # ------------------------------------------------------------------ injection
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        if peft_config.target_modules is None and not getattr(peft_config, "target_parameters", None):
+            peft_config.target_modules = set(default_targets(self.model))
+        prepared = super()._prepare_adapter_config(peft_config, model_config)  # type: ignore[misc]
+        check_targets(self.model, prepared)
+        if not _is_all_linear(prepared.target_modules):  # before any layer is replaced
+            names = [n for n, _ in self.model.named_modules() if n and self._is_target(prepared, n)]
+            plan_blocks(self.model, prepared, names)
+        return prepared
+
+    def _is_target(self, config: PeftConfig, name: str) -> bool:
+        return bool(self._check_target_module_exists(config, name))  # type: ignore[attr-defined]
+
+    def _create_and_replace(self, peft_config: Any, adapter_name: str, target: nn.Module, *args: Any, **kw: Any) -> None:
+        if not isinstance(target, Router):  # a state dict may name the router as if it were a target
+            super()._create_and_replace(peft_config, adapter_name, target, *args, **kw)  # type: ignore[misc]
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, then route what was injected."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)  # type: ignore[misc]
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, MonkeyJumpConfig)
+        layers = {
+            name: layer
+            for name, layer in model.named_modules()
+            if isinstance(layer, BaseTunerLayer)
+            and not isinstance(layer, Router)
+            and adapter_name in layer._all_available_adapter_names()
+        }
+        for plan in plan_blocks(model, config, layers):
+            self._route_block(model, adapter_name, config, plan, layers)
+        _report(model, adapter_name, config)
+
+    def _route_block(
+        self,
+        model: nn.Module,
+        adapter: str,
+        config: MonkeyJumpConfig,
+        plan: BlockPlan,
+        layers: dict[str, BaseTunerLayer],
+    ) -> None:
+        block = model.get_submodule(plan.name)
+        inside = [layers[f"{plan.name}.{slot}"] for slot in plan.routed]
+        if not isinstance(block, RoutedBlock):
+            context = _context_of(model, plan.name)
+            dim = _hidden_size(model, plan.name, inside[0])
+            install_router(block, Router(plan.name, dim, context, list(self.active_adapters)))  # type: ignore[attr-defined]
+        router: Router = getattr(block, ROUTER)
+        router.add(adapter, config, plan.routed, _device_of(inside[0]))
+        clone_base = str(config.base).upper() in ADDS_IN_PLACE
+        for number, layer in enumerate(inside):
+            gate = Gate(router.box, adapter, number, f"{plan.name}.{plan.routed[number]}")
+            install_gate(layer, adapter, gate, clone_base=clone_base)
+
+    # ------------------------------------------------------------------ forward
+
+    def generate(self, *args: Any, task_ids: Tensor | None = None, mj_prompt_lengths: Tensor | None = None, **kw: Any):
+        """As the model's, which would refuse our two keywords."""
+        with routing_inputs(self.model, task_ids=task_ids, prompt_lengths=mj_prompt_lengths):
+            return self.model.generate(*args, **kw)
+
+    # ------------------------------------------------------------------ removal
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(CANNOT_MERGE)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            raise ValueError(CANNOT_MERGE)
+        for module in list(self.model.modules()):
+            if isinstance(module, BaseTunerLayer) and hasattr(module, "base_layer"):
+                remove_gates(module)
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)  # type: ignore[misc]
+        for module in list(model.modules()):
+            if isinstance(module, RoutedBlock):
+                remove_router(module)
+        _remove_context(model)
+        return model
+
+    # ------------------------------------------------------------------ saving and loading
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        """Adapter weights and centers; in the middle of a training also what a resumed run needs."""
+        config.base_fingerprint = fingerprint(model)
+        saved = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return {**saved, **training_state(model, adapter_name)}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        """Checked against the model before anything of it is loaded."""
+        check_fingerprint(model, config)
+        weights, training = split_training_state(state_dict)
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
+        check_keys(model, adapter_name, remapped)
+        training.restore(model, adapter_name)
+        return remapped
+
+
+# ---------------------------------------------------------------------- the model around the blocks
+
+
+def routers(model: nn.Module) -> list[Router]:
+    """The routers of a model, in the order of its blocks.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    found = [module for module in model.modules() if isinstance(module, Router)]
+    if not found:
+        raise ValueError(
+            "this model has no routed adapter; make one with get_peft_model(model, MonkeyJumpConfig(...))"
+        )
+    return found
+
+
+def routing_inputs(model: nn.Module, **given: Any):
+    """Context: what every forward inside is told beside its arguments.
+
+    For calls that pass no unknown keywords on, such as `generate` of a plain `PeftModel`.
+
+    Args:
+        model: the routed model.
+        given: `task_ids` `[B]`, `prompt_lengths` `[B]`, `labels` `[B, T]`.
+    """
+    return routers(model)[0].context.inputs(**given)
+
+
+def _context_of(model: nn.Module, block: str) -> ForwardContext:
+    """The model's context, with its hooks on the outermost model and on the one that holds the block."""
+    context = _hooked(model)
+    if context is None:
+        context = ForwardContext()
+        _hook(model, context)
+    holder, path = model, model
+    for part in block.split("."):
+        path = getattr(path, part)
+        if isinstance(path, PreTrainedModel):
+            holder = path
+    if _hooked(holder) is None:
+        _hook(holder, context)
+    return context
+
+
+def _hook(model: nn.Module, context: ForwardContext) -> None:
+    model.register_forward_pre_hook(context.enter, with_kwargs=True)
+    model.register_forward_hook(context.leave, with_kwargs=True, always_call=True)
+
+
+def _hooked(model: nn.Module) -> ForwardContext | None:
+    owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, ForwardContext)), None)
+
+
+def _remove_context(model: nn.Module) -> None:
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), ForwardContext):
+                    del hooks[key]
+                    for marks in (
+                        module._forward_pre_hooks_with_kwargs,
+                        module._forward_hooks_with_kwargs,
+                        module._forward_hooks_always_called,
+                    ):
+                        marks.pop(key, None)
+
+
+def _hidden_size(model: nn.Module, block: str, first: BaseTunerLayer) -> int:
+    """Width of the hidden states entering a block: its first norm's, else its first adapted input's."""
+    for module in model.get_submodule(block).modules():
+        shape = getattr(module, "normalized_shape", None)
+        if shape:
+            return int(shape[-1])
+        if type(module).__name__.endswith("Norm") and isinstance(getattr(module, "weight", None), Tensor):
+            return int(module.weight.shape[0])
+    return int(first.in_features)
+
+
+def _device_of(layer: BaseTunerLayer) -> torch.device:
+    weight = next(layer.get_base_layer().parameters())
+    return torch.device("cpu") if weight.is_meta else weight.device
+
+
+def _is_all_linear(targets: Any) -> bool:
+    return isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+
+
+def _report(model: nn.Module, adapter: str, config: MonkeyJumpConfig) -> None:
+    """Say per block what is routed, and once what is out of the ordinary."""
+    mine = [r for r in routers(model) if adapter in r.slots]
+    for router in mine:
+        logger.info("%s: routed %s", router.name, ", ".join(router.slots[adapter]))
+    if config.granularity == "task":
+        return
+    few = [r.name for r in mine if len(r.slots[adapter]) < config.top_k]
+    if few:
+        logger.warning("fewer than top_k=%d routed adapters, so all act, in: %s", config.top_k, ", ".join(few))
+    uneven = {len(r.slots[adapter]) for r in mine}
+    if len(uneven) > 1:
+        logger.warning("the number of routed adapters differs between blocks: %s", sorted(uneven))
+    decoder = config.task_type == "CAUSAL_LM" or type(model).__name__.endswith("ForCausalLM")
+    if decoder and config.granularity in ("last", "mean", "max"):
+        logger.warning(
+            "granularity=%r sees the answer in training, which generation does not have; 'prompt_end' "
+            "decides on what both have",
+            config.granularity,
+        )

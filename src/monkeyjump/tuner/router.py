@@ -1,0 +1,274 @@
+"""The router of one block: centers in, gates out.
+
+It is an `nn.Module` and a PEFT `BaseTunerLayer`, so that PEFT itself saves, loads, renames,
+activates, disables and deletes it with the adapters that it routes.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from monkeyjump.config import MonkeyJumpConfig
+from monkeyjump.routing.context import CACHE_KEYWORDS, ForwardContext
+from monkeyjump.routing.ema import CenterStatistics
+from monkeyjump.routing.gates import gates_from_logits, similarity_logits, top_k_mask
+from monkeyjump.routing.pooling import pool
+from monkeyjump.tuner.gates import GateBox
+
+LATE_INITS = ("kmeans", "random_tokens")  # centers that `initialize_centers` must make first
+DECISIONS = "_monkeyjump_decisions"  # attribute of a KV cache: what was decided on its prompt
+
+# called with (router, adapter, states [B, T, d] or [B, 1, d], chosen bool [.., E], attended bool [B, T] or None)
+Observer = Callable[["Router", str, Tensor, Tensor, Tensor | None], None]
+
+
+class Router(nn.Module, BaseTunerLayer):
+    """Gates of one block, for each of its adapters.
+
+    Attributes:
+        name: the block's path in the model.
+        dim: width d of the hidden states that enter the block.
+        centers: `[C, d]` float32 per adapter, persistent; all zero until they are initialized.
+        learned_centers: the same as parameters, for `center_init="trainable"`.
+        slots: the routed modules per adapter, by path within the block, in the order of the gates.
+        pending, gathered: statistics since the last completed step, and since the last update.
+    """
+
+    adapter_layer_names = ("learned_centers",)
+    other_param_names = ("centers", "configs", "slots", "ready", "pending", "gathered", "gathering", "steps")
+    weight = bias = None  # BaseTunerLayer would look for them in a base layer, for ever
+
+    def __init__(self, name: str, dim: int, context: ForwardContext, active: list[str]) -> None:
+        super().__init__()
+        self.name, self.dim, self.context = name, dim, context
+        self.in_features = self.out_features = dim  # PEFT reads them from every tuner layer
+        self.box = GateBox()
+        self.centers = BufferDict({}, persistent=True)
+        self.learned_centers = nn.ParameterDict()
+        self.configs: dict[str, MonkeyJumpConfig] = {}
+        self.slots: dict[str, tuple[str, ...]] = {}
+        self.ready: dict[str, bool] = {}
+        self.pending: dict[str, CenterStatistics] = {}
+        self.gathered: dict[str, CenterStatistics] = {}
+        self.gathering: dict[str, bool] = {}
+        self.steps: dict[str, int] = {}
+        self.observers: list[Observer] = []
+        self.merged_adapters: list[str] = []
+        self._active_adapter = active
+        self.register_load_state_dict_post_hook(_note_loaded_centers)
+
+    def add(self, adapter: str, config: MonkeyJumpConfig, slots: tuple[str, ...], device: torch.device) -> None:
+        """Route `slots` of this block for `adapter`."""
+        self.configs[adapter], self.slots[adapter] = config, slots
+        if config.granularity != "token":
+            self.context.sequence_modes = True
+        if config.granularity == "task":
+            self.ready[adapter] = True
+            return
+        count = min(config.num_centers or len(slots), len(slots))
+        self.ready[adapter] = config.center_init not in LATE_INITS
+        start = torch.zeros(count, self.dim)
+        if self.ready[adapter]:
+            # blocks must not start alike, and each alike on every run
+            seed = config.center_seed + zlib.crc32(self.name.encode())
+            start = torch.randn(count, self.dim, generator=torch.Generator().manual_seed(seed))
+            if config.center_init != "random":
+                start = F.normalize(start, dim=-1)
+        if config.center_init == "trainable":
+            self.learned_centers[adapter] = nn.Parameter(start.to(device), requires_grad=not config.inference_mode)
+        else:
+            self.centers[adapter] = start.to(device)
+
+    def set_centers(self, adapter: str, centers: Tensor) -> None:
+        """Replace the centers: `[C, d]`, kept as float32 where they are."""
+        self.centers[adapter].copy_(centers)
+        self.ready[adapter] = True
+
+    # ------------------------------------------------------------------ routing
+
+    def route(self, hidden: Tensor, block_kwargs: dict[str, Any]) -> dict[str, Tensor] | None:
+        """Gates of every active adapter for the hidden states that enter the block.
+
+        Args:
+            hidden: `[B, T, d]`.
+            block_kwargs: what else the block was called with; its KV cache is looked up there.
+
+        Returns:
+            float32 `[B, T, E]` (`[B, 1, E]` where whole sequences are routed) per adapter, or None
+            where the adapters are disabled.
+        """
+        if self._disable_adapters and not self.observers:
+            return None
+        cache = next((c for k in CACHE_KEYWORDS if (c := block_kwargs.get(k)) is not None), None)
+        routed = [a for a in self.active_adapters if a in self.configs]
+        return {adapter: self._gates(adapter, hidden, cache) for adapter in routed}
+
+    def _gates(self, adapter: str, hidden: Tensor, cache: Any) -> Tensor:
+        config = self.configs[adapter]
+        if config.granularity == "task":
+            return self._task_gates(adapter, hidden)
+        self._check_ready(adapter, config)
+        if config.granularity == "token":
+            return self._decide(adapter, config, hidden, hidden)
+        decided = None if cache is None else cache.__dict__.setdefault(DECISIONS, {})
+        key = (self.name, adapter)
+        if decided and key in decided:
+            return _continued(decided[key], hidden)
+        self._check_whole_prompt(config, hidden)
+        batch, length, _ = hidden.shape
+        attended = self.context.attended(batch, length, hidden.device)
+        end = self.context.prompt_end(config.granularity, batch, length, attended)
+        gates = self._decide(adapter, config, hidden, pool(hidden, config.granularity, attended, end))
+        if decided is not None:
+            decided[key] = gates
+        return gates
+
+    def _decide(self, adapter: str, config: MonkeyJumpConfig, hidden: Tensor, states: Tensor) -> Tensor:
+        """Gates `[B, T or 1, E]` for `states`, of which the optimizer's step may later move the centers."""
+        learned = adapter in self.learned_centers
+        centers = self.learned_centers[adapter] if learned else self.centers[adapter]
+        if centers.device != hidden.device:  # a block may have been dispatched elsewhere
+            centers = centers.to(hidden.device)
+        with torch.set_grad_enabled(learned and torch.is_grad_enabled()), _float32_region(hidden):
+            states = states.detach()
+            logits = similarity_logits(states, centers, config.similarity) / config.temperature
+            if self.training and config.jitter_noise:
+                low, high = 1 - config.jitter_noise, 1 + config.jitter_noise
+                logits = logits * torch.empty_like(logits).uniform_(low, high)
+            experts = len(self.slots[adapter])
+            own = torch.arange(experts, device=logits.device) % centers.shape[0]
+            gates, chosen = gates_from_logits(logits[..., own], config.top_k, config.gate_norm)
+            self._observe(adapter, config, states, logits, chosen)
+        return gates
+
+    def _observe(self, adapter: str, config: MonkeyJumpConfig, states: Tensor, logits: Tensor, chosen: Tensor) -> None:
+        # a recomputation inside a backward pass is not another micro-batch
+        counts = self.gathering.get(adapter, False) and self.training and torch._C._current_graph_task_id() == -1
+        if not (self.observers or counts):
+            return
+        batch, length, dim = states.shape
+        attended = None
+        if config.granularity == "token":
+            attended = self.context.attended(batch, length, states.device)
+        for observer in self.observers:
+            observer(self, adapter, states, chosen, attended)
+        if counts:
+            assigned = top_k_mask(logits, 1)
+            if config.ema_assignment == "topk":
+                assigned = _per_center(chosen, logits.shape[-1])
+            if attended is not None:
+                assigned = assigned & attended[..., None]
+            flat = assigned.view(-1, assigned.shape[-1])
+            seen = CenterStatistics.of(states.reshape(-1, dim), flat, config.ema_space)
+            self.pending[adapter] = seen + self.pending.get(adapter)
+
+    def _task_gates(self, adapter: str, hidden: Tensor) -> Tensor:
+        ids = self.context.first("task_ids")
+        if ids is None:
+            raise ValueError(
+                "granularity='task' needs task_ids [B] with every batch: pass task_ids=..., or wrap generate in "
+                "routing_inputs(model, task_ids=...); under Trainer set remove_unused_columns=False"
+            )
+        slots, experts = self.slots[adapter], self.configs[adapter].task_experts
+        rows = []
+        for task in ids.tolist():
+            if experts is None:
+                on = [task % len(slots)]
+            elif task in experts:
+                on = [i for i, slot in enumerate(slots) if any(_names(n, slot) for n in experts[task])]
+            else:
+                raise ValueError(f"task_ids holds {task}, which task_experts does not map: it has {sorted(experts)}")
+            rows.append([float(i in on) for i in range(len(slots))])
+        gates = torch.tensor(rows, device=hidden.device).unsqueeze(1)  # [B, 1, E]
+        if hidden.shape[0] % len(rows):
+            raise ValueError(f"task_ids holds {len(rows)} ids for a batch of {hidden.shape[0]} rows; pass one per row")
+        return gates.repeat_interleave(hidden.shape[0] // len(rows), 0)  # beams of a row stand together
+
+    # ------------------------------------------------------------------ checks
+
+    def _check_ready(self, adapter: str, config: MonkeyJumpConfig) -> None:
+        if self.ready[adapter] or self._disable_adapters:
+            return
+        remedy = "call initialize_centers(model, data) first, or set center_init='random'"
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError(f"center_init={config.center_init!r}: the centers of {self.name} are not there yet; {remedy}")
+        self.context.warn_once(f"ready {adapter}", f"adapter {adapter!r} routes with centers never initialized; {remedy}")
+
+    def _check_whole_prompt(self, config: MonkeyJumpConfig, hidden: Tensor) -> None:
+        """Sequence modes decide on whole, single sequences (rule 7)."""
+        frames = self.context.frames
+        if frames and frames[-1].offset > 0:
+            raise ValueError(
+                f"granularity={config.granularity!r} decides on the prompt, but the cache already holds "
+                f"{frames[-1].offset} tokens without a decision; start with an empty cache, or use granularity='token'"
+            )
+        if self.context.is_packed(self.context.attended(*hidden.shape[:2], hidden.device)):
+            raise ValueError(
+                f"granularity={config.granularity!r} takes one sequence per row, but these rows are packed "
+                "(their positions restart); unpack them, or use granularity='token'"
+            )
+
+    # ------------------------------------------------------------------ what PEFT asks of a tuner layer
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Nothing of a router can be merged; the tuner has refused before it gets here."""
+
+    def unmerge(self) -> None:
+        """See `merge`."""
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Centers follow the hidden states and never take the base model's dtype."""
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Router:
+        before = dict(self.centers.items())
+        super()._apply(fn, recurse)
+        for adapter, centers in before.items():  # model.to(bfloat16) may move them, not round them
+            after = self.centers[adapter]
+            if after.dtype != centers.dtype:
+                self.centers[adapter] = centers.to(after.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{adapter}: {' '.join(slots)}" for adapter, slots in self.slots.items())
+
+
+def _note_loaded_centers(router: Router, incompatible: Any) -> None:
+    for adapter, centers in router.centers.items():
+        if not centers.is_meta:
+            router.ready[adapter] = bool(centers.any())
+
+
+def _continued(gates: Tensor, hidden: Tensor) -> Tensor:
+    """The prompt's decision for the tokens that follow it."""
+    batch, length, _ = hidden.shape
+    if gates.shape[0] != batch or length > 1:
+        raise ValueError(
+            f"the cache holds a routing decision for {gates.shape[0]} rows, but {length} more tokens of {batch} rows "
+            "came: whole sequences are routed on their prompt, in one piece; use granularity='token' for chunks"
+        )
+    return gates
+
+
+def _per_center(chosen: Tensor, centers: int) -> Tensor:
+    """Which centers a state counts for, `[..., C]`, where adapter e takes center e mod C."""
+    experts = chosen.shape[-1]
+    if centers == experts:
+        return chosen
+    own = torch.arange(experts, device=chosen.device) % centers
+    return torch.stack([chosen[..., own == c].any(-1) for c in range(centers)], dim=-1)
+
+
+def _names(name: str, slot: str) -> bool:
+    return slot == name or slot.endswith("." + name)
+
+
+def _float32_region(hidden: Tensor) -> torch.autocast:
+    return torch.autocast(device_type=hidden.device.type, enabled=False)

@@ -1,0 +1,207 @@
+"""Which modules are adapted, which blocks they belong to, which of them are routed.
+
+    slot     a targeted module of a block, named by its path within the block ("self_attn.q_proj")
+    routed   it is an expert: its adapter acts on the tokens that the block's router sends to it
+    shared   its adapter acts on every token of a routed block
+    plain    it lies outside any routed block: an ordinary PEFT adapter
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+from monkeyjump.config import MonkeyJumpConfig
+from monkeyjump.suggest import did_you_mean
+
+# What a projection is called differs by family; the first row whose names all occur is the default.
+DEFAULT_TARGETS = (
+    ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj"),  # Llama, Mistral, Qwen, Gemma, ...
+    ("q_proj", "k_proj", "v_proj", "out_proj"),  # OPT, BART, CLIP, ...
+    ("query", "key", "value", "attention.output.dense"),  # BERT, RoBERTa, ViT, ...
+    ("q", "k", "v", "o"),  # T5
+    ("c_attn", "c_proj", "c_fc"),  # GPT-2
+    ("query_key_value", "dense"),  # Falcon, GPT-NeoX, ...
+)
+# the attention output and the gate of the feed-forward part (Table 13)
+DEFAULT_SHARED = ("o_proj", "gate_proj", "out_proj", "attention.output.dense", "o", "attn.c_proj")
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """What an adapter does in one block.
+
+    Attributes:
+        name: path of the block in the model.
+        index: number of the block in its list.
+        routed, shared: slots by path within the block; `routed` in the order of the gates.
+    """
+
+    name: str
+    index: int
+    routed: tuple[str, ...]
+    shared: tuple[str, ...]
+
+
+def matches(name: str, wanted: Sequence[str] | str | None) -> bool:
+    """Whether a module path is meant by `wanted`: suffixes at a dot, or one regex for the whole path."""
+    if not wanted:
+        return False
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == suffix or name.endswith("." + suffix) for suffix in wanted)
+
+
+def default_targets(model: nn.Module) -> list[str]:
+    """Projections to adapt where the user names none.
+
+    Raises:
+        ValueError: no known set of names occurs; the message lists the model's linear modules.
+    """
+    names = _linear_names(model)
+    for row in DEFAULT_TARGETS:
+        if all(any(matches(name, [target]) for name in names) for target in row):
+            return list(row)
+    leaves = sorted({name.rpartition(".")[2] for name in names})
+    raise ValueError(
+        f"target_modules=None, and there is no default for this architecture; name some of: {', '.join(leaves)}"
+    )
+
+
+def check_targets(model: nn.Module, config: MonkeyJumpConfig) -> None:
+    """Refuse names that match nothing, which PEFT lets pass as long as another one matches.
+
+    Raises:
+        ValueError: naming the field, the name and its near misses.
+    """
+    names = [n for n, m in model.named_modules() if n and not _inside_adapter(model, n)]
+    targets = config.target_modules
+    if isinstance(targets, str):
+        if targets.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND and not any(matches(n, targets) for n in names):
+            raise ValueError(
+                f"target_modules={targets!r} as a regex matches no module; it must match whole paths, such as "
+                f"{_linear_names(model)[0]!r}"
+            )
+        return
+    for target in targets or ():
+        if not any(matches(name, [target]) for name in names):
+            raise ValueError(_no_match("target_modules", target, _linear_names(model)))
+
+
+def block_of(model: nn.Module, module_name: str) -> str | None:
+    """Path of the block around a module, or None where it lies in no block.
+
+    A block is the nearest gradient-checkpointing layer of transformers, else the outermost
+    element of a `ModuleList`.
+    """
+    parents = _parents(model, module_name)
+    for name, parent in reversed(parents):
+        if isinstance(parent, GradientCheckpointingLayer):
+            return name
+    for (_, container), (name, _) in zip(parents, parents[1:]):
+        if isinstance(container, nn.ModuleList):
+            return name
+    return None
+
+
+def plan_blocks(model: nn.Module, config: MonkeyJumpConfig, adapted: Iterable[str]) -> list[BlockPlan]:
+    """Split the adapted modules into blocks, and each block into routed and shared slots.
+
+    Args:
+        model: the base model.
+        config: its `shared_modules`, `expert_order`, `layers_to_route`.
+        adapted: paths of the adapted modules, in definition order.
+
+    Raises:
+        ValueError: nothing is routed, or a name in `shared_modules`, `expert_order` or
+            `task_experts` is no slot.
+    """
+    members: dict[str, list[str]] = defaultdict(list)
+    for name in adapted:
+        if (block := block_of(model, name)) is not None:
+            members[block].append(name.removeprefix(block + "."))
+    slots = sorted({slot for inside in members.values() for slot in inside})
+    shared = DEFAULT_SHARED if config.shared_modules is None else config.shared_modules
+    _check_names("shared_modules", config.shared_modules, slots)
+    _check_names("expert_order", config.expert_order, slots)
+    for task, names in (config.task_experts or {}).items():
+        _check_names(f"task_experts[{task}]", names, slots)
+    plans = []
+    for block, inside in members.items():
+        index = _index(block)
+        if not _is_routed_layer(index, config.layers_to_route):
+            continue
+        routed = [slot for slot in inside if not matches(slot, shared)]
+        if not routed and config.shared_modules is None:
+            routed = inside  # sharing by default never takes the last expert
+        if routed:
+            always = tuple(slot for slot in inside if slot not in routed)
+            plans.append(BlockPlan(block, index, tuple(_ordered(routed, config.expert_order)), always))
+    if not plans:
+        raise ValueError(
+            f"no module is routed: target_modules={_listed(config.target_modules)} leaves nothing beside "
+            f"shared_modules={_listed(config.shared_modules)} in layers_to_route={config.layers_to_route}; target "
+            "more modules inside the model's blocks, or share fewer"
+        )
+    return plans
+
+
+def _ordered(routed: list[str], order: Sequence[str] | str | None) -> list[str]:
+    """Slots in `expert_order`; those that it does not name follow in definition order."""
+    if not order:
+        return routed
+    rank = {slot: i for slot in routed for i, name in reversed(list(enumerate(order))) if matches(slot, [name])}
+    return sorted(routed, key=lambda slot: rank.get(slot, len(order)))
+
+
+def _is_routed_layer(index: int, layers: Sequence[int] | int | None) -> bool:
+    return layers is None or index in ([layers] if isinstance(layers, int) else layers)
+
+
+def _check_names(field: str, wanted: Sequence[str] | str | None, slots: list[str]) -> None:
+    for name in wanted or ():
+        if isinstance(wanted, str):
+            name = wanted
+        if not any(matches(slot, wanted if isinstance(wanted, str) else [name]) for slot in slots):
+            raise ValueError(f"{_no_match(field, name, slots)}; only targeted modules can be named there")
+
+
+def _no_match(field: str, name: str, names: Iterable[str]) -> str:
+    names = list(names)
+    leaves = sorted({n.rpartition(".")[2] for n in names})
+    return f"{field} names {name!r}, which matches nothing: {did_you_mean(name, leaves)}there are {', '.join(leaves)}"
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    kinds = (nn.Linear, Conv1D, BaseTunerLayer)
+    return [n for n, m in model.named_modules() if n and isinstance(m, kinds) and not _inside_adapter(model, n)]
+
+
+def _inside_adapter(model: nn.Module, name: str) -> bool:
+    return any(isinstance(parent, BaseTunerLayer) for _, parent in _parents(model, name)[:-1])
+
+
+def _parents(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+    """The modules from the model's child down to the named one, with their paths."""
+    found, module, path = [], model, ""
+    for part in name.split("."):
+        module, path = getattr(module, part), f"{path}.{part}" if path else part
+        found.append((path, module))
+    return found
+
+
+def _index(block: str) -> int:
+    """The block's number: the last integer of its path, 0 where there is none."""
+    return next((int(part) for part in reversed(block.split(".")) if part.isdigit()), 0)
+
+
+def _listed(names: object) -> object:
+    return sorted(names) if isinstance(names, (set, tuple, list)) else names
