@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from peft import PeftConfig
 
-from monkeyjump.presets import PRESETS, Preset
+from monkeyjump.presets import PRESETS
 from monkeyjump.suggest import check_choice, did_you_mean
 
 CHOICES = {
@@ -78,7 +79,7 @@ class MonkeyJumpConfig(PeftConfig):
         None, "Sampled weights of the base model, written when saving and compared when loading."
     )
 
-    default_of_base: ClassVar[dict[str, Any]] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05}
+    default_of_lora: ClassVar[dict[str, Any]] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05}
 
     def __new__(cls, *args: Any, **kwargs: Any) -> MonkeyJumpConfig:
         if cls is MonkeyJumpConfig:
@@ -129,8 +130,14 @@ class MonkeyJumpConfig(PeftConfig):
         The presets' schedules and k-means arguments are in `monkeyjump.PRESETS[name]`.
         """
         check_choice("preset", preset, PRESETS)
-        chosen: Preset = PRESETS[preset]
-        return cls(**{**chosen.config, **overrides})
+        from monkeyjump.tuner.registry import config_class
+
+        takes = {f.name for f in dataclasses.fields(config_class(overrides.get("base", "lora")))}
+        chosen = dict(PRESETS[preset].config)
+        if "target_r" in takes and "r" in chosen:  # AdaLoRA starts above the rank that it ends with
+            rank = chosen.pop("r")
+            chosen |= {"target_r": rank, "init_r": math.ceil(1.5 * rank)}
+        return cls(**{**{k: v for k, v in chosen.items() if k in takes}, **overrides})
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`, and into the adapter's README the import that loading needs."""

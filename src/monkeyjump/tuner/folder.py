@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_tuner_state_dict_key_prefixes
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base_model, "this folder")
 ```
 """
+PREFIX = "base_model.model."  # PEFT writes it, whether or not the model has it
 SAMPLED_TENSORS = 4
 SAMPLED_VALUES = 8
 
@@ -52,24 +54,26 @@ def check_weights(folder: str | Path, subfolder: str | None) -> None:
         raise ValueError(f"{path} is truncated or damaged ({error}); copy it again, or train the adapter anew") from error
 
 
-def check_keys(model: nn.Module, adapter: str, weights: dict[str, Tensor]) -> None:
+def check_keys(expected: dict[str, Tensor], weights: dict[str, Tensor], known: Iterable[str]) -> None:
     """Refuse weights that do not fit the model, which PEFT would load as far as they do.
 
     Args:
-        weights: the file's tensors under the names that they have in the model.
+        expected: what the model would save for this adapter, by name in the file.
+        weights: what the file holds.
+        known: the names in the model, among them those of what is saved beside the adapter.
 
     Raises:
         ValueError: a tensor is missing, has another shape, or belongs to no module; the first five are named.
     """
-    mine = {k: v for k, v in model.state_dict().items() if _belongs(k, model, adapter)}
-    wrong = [f"{k} is missing" for k in mine if k not in weights and not k.endswith(f"ranknum.{adapter}")]
+    expected, weights = _without_prefix(expected), _without_prefix(weights)
+    wrong = [f"{k} is missing" for k in expected if k not in weights]
     wrong += [
-        f"{k} is {list(v.shape)} in the file and {list(mine[k].shape)} in the model"
+        f"{k} is {list(v.shape)} in the file and {list(expected[k].shape)} in the model"
         for k, v in weights.items()
-        if k in mine and v.shape != mine[k].shape
+        if k in expected and v.shape != expected[k].shape
     ]
-    unknown = set(weights) - set(model.state_dict())
-    wrong += [f"{k} belongs to no module of the model" for k in sorted(unknown)]
+    places = {k.removeprefix(PREFIX) for k in known}
+    wrong += [f"{k} belongs to no module of the model" for k in weights if k not in expected and k not in places]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(
@@ -78,9 +82,8 @@ def check_keys(model: nn.Module, adapter: str, weights: dict[str, Tensor]) -> No
         )
 
 
-def _belongs(key: str, model: nn.Module, adapter: str) -> bool:
-    prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter)
-    return any(key == p or key.startswith(p + ".") for p in prefixes)
+def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(PREFIX): value for key, value in tensors.items()}
 
 
 def fingerprint(model: nn.Module) -> dict[str, list[float]]:
@@ -124,7 +127,7 @@ def _base_weights(model: nn.Module) -> dict[str, Tensor]:
         if inside is not None and not name.startswith(inside + "base_layer."):
             continue
         if parameter.dim() >= 2 and parameter.is_floating_point() and not parameter.is_meta:
-            plain = name.replace(".base_layer", "").removeprefix("base_model.model.")
+            plain = name.replace(".base_layer", "").removeprefix(PREFIX)
             if type(parameter) is nn.Parameter:  # not a quantized or sharded subclass
                 found[plain] = parameter
     return found

@@ -16,6 +16,7 @@ NOT_ROUTABLE: dict[str, str] = {
     "LN_TUNING": "it trains the norms themselves and keeps no base output to gate against",
     "TRAINABLE_TOKENS": "it trains rows of the embedding and adapts no projection",
     "XLORA": "it is a router itself, with parameters, over whole LoRA adapters",
+    "SHADOW": "its layers hand a second stream of states from block to block beside the hidden states",
     "POLY": "it is a router itself, with parameters, over LoRA modules by task",
 }
 

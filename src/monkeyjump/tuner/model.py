@@ -131,6 +131,7 @@ class RoutedTuner:
         """Adapter weights and centers; in the middle of a training also what a resumed run needs."""
         config.base_fingerprint = fingerprint(model)
         saved = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        saved.update(_router_entries(model, adapter_name, state_dict))  # some methods pick by their own prefix
         return {**saved, **training_state(model, adapter_name)}
 
     @classmethod
@@ -138,10 +139,12 @@ class RoutedTuner:
         """Checked against the model before anything of it is loaded."""
         check_fingerprint(model, config)
         weights, training = split_training_state(state_dict)
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
-        check_keys(model, adapter_name, remapped)
+        has = model.state_dict()
+        expected = super()._get_adapter_state_dict(model, config, adapter_name, has, [])
+        expected.update(_router_entries(model, adapter_name, has))
+        check_keys({cls._remove_adapter_name_from_key(k, adapter_name): v for k, v in expected.items()}, weights, has)
         training.restore(model, adapter_name)
-        return remapped
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
 
 
 # ---------------------------------------------------------------------- the model around the blocks
@@ -159,6 +162,14 @@ def routers(model: nn.Module) -> list[Router]:
             "this model has no routed adapter; make one with get_peft_model(model, MonkeyJumpConfig(...))"
         )
     return found
+
+
+def _router_entries(model: nn.Module, adapter: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The centers of an adapter among the entries of a state dict."""
+    holders = ("centers", "learned_centers")
+    paths = [name for name, module in model.named_modules() if isinstance(module, Router)]
+    keys = [f"{path}.{holder}.{adapter}" for path in paths for holder in holders]
+    return {key: state_dict[key] for key in keys if key in state_dict}
 
 
 def routing_inputs(model: nn.Module, **given: Any):

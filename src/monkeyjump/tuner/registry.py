@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -99,10 +99,10 @@ def _make_config(
     routed_type: PeftType, base_type: PeftType, base_config: type[PeftConfig]
 ) -> type[MonkeyJumpConfig]:
     own = {f.name: f for f in dataclasses.fields(base_config)}
+    lora_like = issubclass(base_config, LoraConfig)  # elsewhere r means something else
     defaults = [
         (name, own[name].type, dataclasses.field(default=value, metadata=own[name].metadata))
-        for name, value in MonkeyJumpConfig.default_of_base.items()
-        if name in own
+        for name, value in (MonkeyJumpConfig.default_of_lora if lora_like else {}).items()
     ]
     base_name = base_type.value.lower()
 
