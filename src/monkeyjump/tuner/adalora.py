@@ -1,7 +1,8 @@
 """Routed AdaLoRA: PEFT's, with four of its faults mended on our side.
 
 * Its forward calls `model.forward` and so bypasses the hooks that tell blocks about masks and labels.
-* Its orthogonality penalty is added whole to every micro-batch: with accumulation it counts double.
+* Its orthogonality penalty is added whole to every micro-batch (with accumulation it counts double), and
+  not at all where the PEFT model has no task type.
 * It fails on labels where the adapter was loaded for inference, and adds the penalty to evaluation losses.
 * It cannot reload its own file once ranks were pruned: ours keeps full ranks, pruned ones as zeros.
 """
@@ -27,15 +28,24 @@ AVERAGES = ("exp_avg_ipt", "exp_avg_unc")  # what RankAllocator carries from ste
 class RoutedAdaLora(RoutedTuner):
     """Mixin before `AdaLoraModel`."""
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, which would warn of the rank pattern that its own allocator wrote."""
+        config = self.peft_config[adapter_name]
+        with _full_ranks(config):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if not config.inference_mode:
+            model.register_forward_hook(OrthogonalityPenalty(adapter_name, config.orth_reg_weight), with_kwargs=True)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output; in training its loss carries the orthogonality penalty."""
-        outputs = self.model(*args, **kwargs)
-        adapter = self.__dict__.get("trainable_adapter_name")
-        loss = getattr(outputs, "loss", None)
-        if self.training and adapter is not None and isinstance(loss, Tensor):  # type: ignore[attr-defined]
-            weight = self.peft_config[adapter].orth_reg_weight * _share_of_step(self.model, kwargs)
-            outputs.loss = loss + weight * orthogonality_penalty(self.model, adapter)
-        return outputs
+        """The model's output, by a call and not by `model.forward`."""
+        return self.model(*args, **kwargs)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        for key, hook in list(model._forward_hooks.items()):
+            if isinstance(hook, OrthogonalityPenalty):
+                del model._forward_hooks[key], model._forward_hooks_with_kwargs[key]
+        return model
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
@@ -48,6 +58,22 @@ class RoutedAdaLora(RoutedTuner):
         _restore_allocator(model, split_training_state(state_dict)[1])
         with _full_ranks(config):
             return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+class OrthogonalityPenalty:
+    """Forward hook of the base model: adds the penalty to the loss while training.
+
+    On the model and not in the tuner's forward, which PEFT's wrapper without a task type bypasses.
+    """
+
+    def __init__(self, adapter: str, weight: float) -> None:
+        self.adapter, self.weight = adapter, weight
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], outputs: Any) -> None:
+        loss = getattr(outputs, "loss", None)
+        if model.training and isinstance(loss, Tensor):
+            share = self.weight * _share_of_step(model, kwargs)
+            outputs.loss = loss + share * orthogonality_penalty(model, self.adapter)
 
 
 def orthogonality_penalty(model: nn.Module, adapter: str) -> Tensor:
@@ -76,7 +102,7 @@ def _share_of_step(model: nn.Module, kwargs: dict[str, Any]) -> Tensor | float:
 
 @contextmanager
 def _full_ranks(config: Any) -> Iterator[None]:
-    """PEFT resizes by `rank_pattern` both when saving and when loading; a pruned rank is a zero in lora_E."""
+    """Hide `rank_pattern`, by which PEFT resizes when saving and loading; here a pruned rank is a zero in lora_E."""
     pattern, config.rank_pattern = config.rank_pattern, None
     try:
         yield

@@ -59,13 +59,16 @@ class CenterUpdate(TrainerCallback):
 
     # ------------------------------------------------------------------ plain loops
 
-    def attach(self, model: nn.Module, optimizer: Any, total_steps: int | None = None) -> CenterUpdate:
+    def attach(
+        self, model: nn.Module, optimizer: Any, total_steps: int | None = None, completed: int = 0
+    ) -> CenterUpdate:
         """Update after every step of `optimizer` (accelerate's wrapper is looked through).
 
         Args:
             total_steps: optimizer steps of the whole run; needed where `until` is a share.
+            completed: steps that a resumed run has behind it; 0 starts anew.
         """
-        self._begin(model, total_steps, resumed_at=None)
+        self._begin(model, total_steps, completed)
         getattr(optimizer, "optimizer", optimizer).register_step_post_hook(self._after_step)
         return self
 
@@ -115,7 +118,10 @@ class CenterUpdate(TrainerCallback):
     # ------------------------------------------------------------------ Trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self._begin(model, state.max_steps, resumed_at=state.global_step)
+        # global_step counts skipped steps as well; where updates still go on, the file has our own count
+        saved = [r.steps[a] for r in routers(model) for a in r.active_adapters if a in r.steps]
+        completed = saved[0] if saved and state.global_step else state.global_step
+        self._begin(model, state.max_steps, completed)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         if not _was_skipped(optimizer):  # the gradients, which the ranks are allotted by, are still there
@@ -132,7 +138,7 @@ class CenterUpdate(TrainerCallback):
 
     # ------------------------------------------------------------------ inside
 
-    def _begin(self, model: nn.Module, total_steps: int | None, resumed_at: int | None) -> None:
+    def _begin(self, model: nn.Module, total_steps: int | None, completed: int) -> None:
         self._routers = routers(model)
         self._adalora = next((m for m in model.modules() if isinstance(m, AdaLoraModel)), None)
         if isinstance(self.until, float):
@@ -140,15 +146,13 @@ class CenterUpdate(TrainerCallback):
                 raise ValueError(f"until={self.until} is a share of all steps: pass total_steps= to attach as well")
             self.last = math.floor(self.until * total_steps)
         self._check_total_step(total_steps)
-        moving = [(r, a) for r in self._routers for a in r.active_adapters if a in r.centers]
-        saved = [r.steps[a] for r, a in moving if a in r.steps]
-        fresh = resumed_at == 0 or (resumed_at is None and not saved)
-        self.completed = 0 if fresh else (saved[0] if saved else int(resumed_at or 0))
-        for router, adapter in moving:
-            if fresh:
-                router.gathered.pop(adapter, None)
-            router.pending.pop(adapter, None)
-            router.gathering[adapter] = self.last is None or self.completed < self.last
+        self.completed = completed
+        for router in self._routers:
+            router.pending.clear()
+            if not completed:
+                router.gathered.clear()
+            for adapter in [a for a in router.active_adapters if a in router.centers]:
+                router.gathering[adapter] = self.last is None or completed < self.last
 
     def _stop(self) -> None:
         """Freeze the centers and leave no training state behind."""

@@ -16,6 +16,8 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from monkeyjump.tuner.methods import ADDS_IN_PLACE, BYPASSES_BASE
+
 
 class GateBox:
     """Where a block leaves its gates for the layers inside it while its forward runs."""
@@ -65,12 +67,8 @@ def gate_of(layer: BaseTunerLayer, adapter: str) -> Gate | None:
     return layer.__dict__.get("jump_gates", {}).get(adapter)
 
 
-def install_gate(layer: BaseTunerLayer, adapter: str, gate: Gate, *, clone_base: bool) -> None:
-    """Make `layer` apply `gate` to what `adapter` adds.
-
-    Args:
-        clone_base: the method adds in place to its base layer's output, which must be kept.
-    """
+def install_gate(layer: BaseTunerLayer, adapter: str, gate: Gate, method: str) -> None:
+    """Make `layer`, adapted by PEFT's `method`, apply `gate` to what `adapter` adds."""
     if "jump_gates" not in layer.__dict__:
         layer.jump_gates = {}
         # PEFT then removes the gate together with the adapter
@@ -81,8 +79,9 @@ def install_gate(layer: BaseTunerLayer, adapter: str, gate: Gate, *, clone_base:
     if _is_plain_lora(layer, adapter):
         layer.lora_variant[adapter] = RoutedLora()
     elif not any(isinstance(_owner(hook), ResidualGate) for hook in layer._forward_hooks.values()):
-        residual = ResidualGate(clone_base)
-        layer.base_layer.register_forward_hook(residual.keep)
+        residual = ResidualGate(clone_base=method in ADDS_IN_PLACE)
+        if method not in BYPASSES_BASE:
+            layer.base_layer.register_forward_hook(residual.keep)
         layer.register_forward_hook(residual.apply, with_kwargs=True)
 
 

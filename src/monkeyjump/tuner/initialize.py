@@ -92,11 +92,10 @@ def initialize_centers(
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} is out of range: use at least 1, or None")
     collector = _Collector(waiting, max_tokens, max_samples, _bytes(memory_limit), seed)
-    batches = batches_of(data, tokenizer, batch_size, seed)
     unit = "token" if max_tokens else "row"
     bar = tqdm(total=max_tokens or max_samples, desc="centers: states", unit=unit, disable=not progress)
     with bar, torch.random.fork_rng(), frozen_backbone(model), collector.attached():
-        for batch in batches:
+        for batch in batches_of(data, tokenizer, batch_size, seed):
             inputs, told = forward_inputs(model, batch)
             with routing_inputs(model, **told):
                 model(**inputs)

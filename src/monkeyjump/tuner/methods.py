@@ -20,8 +20,11 @@ NOT_ROUTABLE: dict[str, str] = {
     "POLY": "it is a router itself, with parameters, over LoRA modules by task",
 }
 
-# These add in place to their base layer's output, which a residual gate must still have afterwards.
+# How a residual gate comes by the base layer's own output, where it is not simply caught on its way:
+# these add to it in place, so a copy must be kept ...
 ADDS_IN_PLACE = {"ADALORA", "C3A", "GRALORA", "TINYLORA"}
+# ... and these never call their base layer (and warn of hooks on it), so it is called for the gate.
+BYPASSES_BASE = {"FROD", "HRA", "SHIRA", "SUPERTUNING"}
 
 # Starts of plain LoRA that move part of the base weights into the adapter: with a gate below one the
 # model would then lose what was moved.

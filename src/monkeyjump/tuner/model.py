@@ -17,7 +17,6 @@ from monkeyjump.routing.context import ForwardContext
 from monkeyjump.tuner.block import ROUTER, RoutedBlock, install_router, remove_router
 from monkeyjump.tuner.folder import check_fingerprint, check_keys, fingerprint
 from monkeyjump.tuner.gates import Gate, install_gate, remove_gates
-from monkeyjump.tuner.methods import ADDS_IN_PLACE
 from monkeyjump.tuner.router import Router
 from monkeyjump.tuner.state import split_training_state, training_state
 from monkeyjump.tuner.targets import BlockPlan, check_targets, default_targets, plan_blocks
@@ -91,10 +90,9 @@ class RoutedTuner:
             install_router(block, Router(plan.name, dim, context, list(self.active_adapters)))  # type: ignore[attr-defined]
         router: Router = getattr(block, ROUTER)
         router.add(adapter, config, plan.routed, _device_of(inside[0]))
-        clone_base = str(config.base).upper() in ADDS_IN_PLACE
         for number, layer in enumerate(inside):
             gate = Gate(router.box, adapter, number, f"{plan.name}.{plan.routed[number]}")
-            install_gate(layer, adapter, gate, clone_base=clone_base)
+            install_gate(layer, adapter, gate, config.base.upper())
 
     # ------------------------------------------------------------------ forward
 
@@ -144,7 +142,8 @@ class RoutedTuner:
         expected.update(_router_entries(model, adapter_name, has))
         check_keys({cls._remove_adapter_name_from_key(k, adapter_name): v for k, v in expected.items()}, weights, has)
         training.restore(model, adapter_name)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
+        return {**_aliases(remapped, has), **remapped}
 
 
 # ---------------------------------------------------------------------- the model around the blocks
@@ -170,6 +169,12 @@ def _router_entries(model: nn.Module, adapter: str, state_dict: dict[str, Tensor
     paths = [name for name, module in model.named_modules() if isinstance(module, Router)]
     keys = [f"{path}.{holder}.{adapter}" for path in paths for holder in holders]
     return {key: state_dict[key] for key in keys if key in state_dict}
+
+
+def _aliases(weights: dict[str, Tensor], has: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The model's other names for loaded tensors, which PEFT would report missing (UniLoRA shares one vector)."""
+    loaded = {has[k].data_ptr(): v for k, v in weights.items() if k in has and not has[k].is_meta}
+    return {k: loaded[v.data_ptr()] for k, v in has.items() if k not in weights and v.data_ptr() in loaded}
 
 
 def routing_inputs(model: nn.Module, **given: Any):

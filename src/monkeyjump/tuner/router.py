@@ -137,6 +137,9 @@ class Router(nn.Module, BaseTunerLayer):
         centers = self.learned_centers[adapter] if learned else self.centers[adapter]
         if centers.device != hidden.device:  # a block may have been dispatched elsewhere
             centers = centers.to(hidden.device)
+        # a recomputation inside a backward pass is not another micro-batch
+        gathers = self.gathering.get(adapter, False) and self.training and torch.is_grad_enabled()
+        gathers = gathers and torch._C._current_graph_task_id() == -1
         with torch.set_grad_enabled(learned and torch.is_grad_enabled()), _float32_region(hidden):
             states = states.detach()
             logits = similarity_logits(states, centers, config.similarity) / config.temperature
@@ -146,29 +149,27 @@ class Router(nn.Module, BaseTunerLayer):
             experts = len(self.slots[adapter])
             own = torch.arange(experts, device=logits.device) % centers.shape[0]
             gates, chosen = gates_from_logits(logits[..., own], config.top_k, config.gate_norm)
-            self._observe(adapter, config, states, logits, chosen)
+            if gathers or self.observers:
+                attended = None
+                if config.granularity == "token":
+                    attended = self.context.attended(*states.shape[:2], states.device)
+                for observer in self.observers:
+                    observer(self, adapter, states, chosen, attended)
+                if gathers:
+                    self._gather(adapter, states, logits, chosen, attended)
         return gates
 
-    def _observe(self, adapter: str, config: MonkeyJumpConfig, states: Tensor, logits: Tensor, chosen: Tensor) -> None:
-        # a recomputation inside a backward pass is not another micro-batch
-        counts = self.gathering.get(adapter, False) and self.training and torch._C._current_graph_task_id() == -1
-        if not (self.observers or counts):
-            return
-        batch, length, dim = states.shape
-        attended = None
-        if config.granularity == "token":
-            attended = self.context.attended(batch, length, states.device)
-        for observer in self.observers:
-            observer(self, adapter, states, chosen, attended)
-        if counts:
+    def _gather(self, adapter: str, states: Tensor, logits: Tensor, chosen: Tensor, attended: Tensor | None) -> None:
+        """Add one micro-batch to the statistics that the next update of the centers uses."""
+        config = self.configs[adapter]
+        if config.ema_assignment == "topk":
+            assigned = _per_center(chosen, logits.shape[-1])
+        else:
             assigned = top_k_mask(logits, 1)
-            if config.ema_assignment == "topk":
-                assigned = _per_center(chosen, logits.shape[-1])
-            if attended is not None:
-                assigned = assigned & attended[..., None]
-            flat = assigned.view(-1, assigned.shape[-1])
-            seen = CenterStatistics.of(states.reshape(-1, dim), flat, config.ema_space)
-            self.pending[adapter] = seen + self.pending.get(adapter)
+        if attended is not None:
+            assigned = assigned & attended[..., None]
+        seen = CenterStatistics.of(states.flatten(0, 1), assigned.flatten(0, 1), config.ema_space)
+        self.pending[adapter] = seen + self.pending.get(adapter)
 
     def _task_gates(self, adapter: str, hidden: Tensor) -> Tensor:
         ids = self.context.first("task_ids")

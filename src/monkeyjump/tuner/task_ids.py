@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from peft.mapping_func import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from torch import Tensor
 
 from monkeyjump.config import MonkeyJumpConfig

@@ -1,0 +1,134 @@
+"""The schedule of `CenterUpdate`: when centers move, what counts as a step, what a checkpoint keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny import llama, routed, tokens, trainable
+from torch import Tensor
+
+from monkeyjump import PRESETS, CenterUpdate
+from monkeyjump.tuner.model import routers
+
+
+def centers_of(model: object) -> Tensor:
+    return torch.cat([r.centers["default"] for r in routers(model)]).clone()
+
+
+def steps_that_move(update: CenterUpdate, steps: int, total_steps: int | None = None) -> list[int]:
+    model = routed(llama()).train()
+    optimizer = torch.optim.SGD(trainable(model).values(), lr=0.1)
+    update.attach(model, optimizer, total_steps=total_steps)
+    moved = []
+    for step in range(1, steps + 1):
+        before = centers_of(model)
+        model(tokens(seed=step), labels=tokens(seed=step)).loss.backward()
+        optimizer.step()
+        if not torch.equal(before, centers_of(model)):
+            moved.append(step)
+    assert not any(r.pending or r.gathered for r in routers(model)) or update.completed < (update.last or steps + 1)
+    return moved
+
+
+@pytest.mark.parametrize(
+    ("every", "until", "moves"),
+    [(1, 3, [1, 2, 3]), (2, 5, [2, 4]), (3, 100, [3, 6]), (1, 0, []), (2, 0.5, [2]), (1, 1.0, [1, 2, 3, 4, 5, 6])],
+)
+def test_centers_move_every_so_many_steps_until_a_step(every: int, until: int | float, moves: list[int]) -> None:
+    assert steps_that_move(CenterUpdate(every=every, until=until), 6, total_steps=6) == moves
+
+
+def test_a_skipped_step_does_not_count_and_leaves_nothing() -> None:
+    model = routed(llama()).train()
+    reference = routed(llama()).train()
+    for candidate, skips in ((model, True), (reference, False)):
+        optimizer = torch.optim.SGD(trainable(candidate).values(), lr=0.0)
+        update = CenterUpdate(every=2, until=10).attach(candidate, optimizer)
+        candidate(tokens(seed=1), labels=tokens(seed=1))
+        optimizer.step()
+        if skips:
+            candidate(tokens(seed=7), labels=tokens(seed=7))
+            update.skip()
+        candidate(tokens(seed=2), labels=tokens(seed=2))
+        optimizer.step()
+        assert update.completed == 2
+    assert torch.equal(centers_of(model), centers_of(reference))
+
+
+def test_the_trainer_reports_a_skipped_step_through_the_optimizer() -> None:
+    class Skipped:
+        step_was_skipped = True
+
+    model = routed(llama()).train()
+    update = CenterUpdate(every=1, until=10).attach(model, torch.optim.SGD(trainable(model).values(), lr=0.0))
+    before = centers_of(model)
+    model(tokens(), labels=tokens())
+    update.on_step_end(None, None, None, optimizer=Skipped())
+    assert update.completed == 0
+    assert torch.equal(before, centers_of(model))
+    assert not any(r.pending for r in routers(model))
+
+
+def test_accelerates_optimizer_is_looked_through() -> None:
+    from accelerate import Accelerator
+
+    model = routed(llama()).train()
+    optimizer = Accelerator(cpu=True).prepare_optimizer(torch.optim.SGD(trainable(model).values(), lr=0.1))
+    update = CenterUpdate(every=1, until=10).attach(model, optimizer)
+    model(tokens(), labels=tokens()).loss.backward()
+    optimizer.step()
+    assert update.completed == 1
+
+
+def run(model: object, update: CenterUpdate, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        model(tokens(seed=step), labels=tokens(seed=step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("carrier", ["adapter file", "state dict"])
+def test_resuming_between_two_updates_equals_going_on(carrier: str, tmp_path: Path) -> None:
+    whole = routed(llama()).train()
+    optimizer = torch.optim.SGD(trainable(whole).values(), lr=0.1)
+    update = CenterUpdate(every=2, until=10).attach(whole, optimizer)
+    run(whole, update, optimizer, range(3))  # one update behind it, half of the next one gathered
+    whole.save_pretrained(tmp_path)
+    state = update.state_dict()
+    run(whole, update, optimizer, range(3, 6))
+
+    part = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True).train()
+    optimizer = torch.optim.SGD(trainable(part).values(), lr=0.1)
+    if carrier == "state dict":
+        for router in routers(part):
+            router.gathered.clear(), router.steps.clear()
+    done = 3 if carrier == "adapter file" else 0
+    update = CenterUpdate(every=2, until=10).attach(part, optimizer, completed=done)
+    if carrier == "state dict":
+        update.load_state_dict(state)
+    assert update.completed == 3
+    run(part, update, optimizer, range(3, 6))
+    assert torch.equal(centers_of(part), centers_of(whole))
+    for one, other in zip(trainable(part).values(), trainable(whole).values()):
+        assert torch.equal(one, other)
+
+
+def test_a_finished_run_leaves_no_training_state_in_the_file(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    model = routed(llama()).train()
+    optimizer = torch.optim.SGD(trainable(model).values(), lr=0.1)
+    update = CenterUpdate(every=2, until=3).attach(model, optimizer)
+    for step, expected in ((1, True), (2, True), (3, False)):
+        run(model, update, optimizer, range(step, step + 1))
+        model.save_pretrained(tmp_path)
+        assert any("training_state" in key for key in load_file(tmp_path / "adapter_model.safetensors")) is expected
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_have_a_schedule(preset: str) -> None:
+    update = CenterUpdate.from_preset(preset)
+    assert {"every": update.every, "until": update.until} == PRESETS[preset].center_update

@@ -1,0 +1,88 @@
+"""Generation: cached equals uncached equals step by step; sequence decisions hold for the whole answer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import llama, routed, tokens
+from torch import Tensor
+
+from monkeyjump import record_routing, routing_inputs
+
+GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+SEQUENCE = ["last", "mean", "max", "prompt_end"]
+
+
+def stepwise(model: object, ids: Tensor, steps: int) -> Tensor:
+    """Greedy tokens from full forwards over the growing sequence, without a cache."""
+    for _ in range(steps):
+        logits = model(ids, use_cache=False).logits[:, -1]
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+    return ids
+
+
+def test_token_mode_generates_the_same_with_and_without_a_cache() -> None:
+    model = routed(llama(), temperature=0.2).eval()
+    ids = tokens(2, 6)
+    cached = model.generate(input_ids=ids, **GREEDY)
+    assert torch.equal(cached, model.generate(input_ids=ids, use_cache=False, **GREEDY))
+    assert torch.equal(cached, stepwise(model, ids, 8))
+    torch.testing.assert_close(model(cached).logits[:, 5:-1].argmax(-1), cached[:, 6:])
+
+
+@pytest.mark.parametrize("granularity", SEQUENCE)
+def test_sequence_modes_decide_once_on_the_prompt(granularity: str) -> None:
+    model = routed(llama(), granularity=granularity, temperature=0.2).eval()
+    ids = tokens(2, 6)
+    prompt_gates = []
+    router = model.get_base_model().model.layers[1].jump_router
+    hook = model.get_base_model().model.layers[1].register_forward_pre_hook(
+        lambda m, a, k: prompt_gates.append(k["mj_gates"]["default"]), with_kwargs=True
+    )
+    with record_routing(model) as record:
+        model.generate(input_ids=ids, **GREEDY)
+    hook.remove()
+    assert len(prompt_gates) == 8
+    assert all(torch.equal(gates, prompt_gates[0]) for gates in prompt_gates)
+    assert record.tokens[router.name] == 2  # one decision per row
+
+
+def test_prompt_end_generates_the_same_without_a_cache_when_told_the_prompt() -> None:
+    model = routed(llama(), granularity="prompt_end", temperature=0.2).eval()
+    ids = tokens(2, 6)
+    cached = model.generate(input_ids=ids, **GREEDY)
+    with routing_inputs(model, prompt_lengths=torch.tensor([6, 6])):
+        assert torch.equal(cached, stepwise(model, ids, 8))
+
+
+@pytest.mark.parametrize("granularity", ["token", *SEQUENCE])
+def test_left_padded_rows_generate_what_they_generate_alone(granularity: str) -> None:
+    model = routed(llama(), granularity=granularity, temperature=0.2).eval()
+    long, short = tokens(1, 7), tokens(1, 4, seed=9)
+    blank = torch.zeros(1, 3, dtype=torch.long)
+    ids = torch.cat([long, torch.cat([blank, short], 1)])
+    mask = torch.cat([torch.ones_like(long), torch.cat([blank, torch.ones_like(short)], 1)])
+    both = model.generate(input_ids=ids, attention_mask=mask, **GREEDY)
+    assert torch.equal(both[0, 7:], model.generate(input_ids=long, **GREEDY)[0, 7:])
+    assert torch.equal(both[1, 7:], model.generate(input_ids=short, **GREEDY)[0, 4:])
+
+
+@pytest.mark.parametrize("granularity", ["token", "prompt_end"])
+def test_beams_and_samples_run(granularity: str) -> None:
+    model = routed(llama(), granularity=granularity).eval()
+    ids = tokens(2, 5)
+    assert model.generate(input_ids=ids, num_beams=3, max_new_tokens=4, do_sample=False).shape == (2, 9)
+    assert model.generate(input_ids=ids, num_return_sequences=2, max_new_tokens=4, do_sample=True).shape == (4, 9)
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_task_ids_route_forward_and_generate(task_type: str | None) -> None:
+    model = routed(llama(), granularity="task", task_type=task_type).eval()
+    ids = tokens(2, 5)
+    zero, one = torch.tensor([0, 0]), torch.tensor([1, 1])
+    assert not torch.equal(model(input_ids=ids, task_ids=zero).logits, model(input_ids=ids, task_ids=one).logits)
+    with routing_inputs(model, task_ids=one):
+        told = model.generate(input_ids=ids, num_beams=2, **GREEDY)
+    assert told.shape == (2, 13)
+    if task_type is not None:
+        assert torch.equal(told, model.generate(input_ids=ids, task_ids=one, num_beams=2, **GREEDY))
