@@ -1,11 +1,11 @@
 """Mixture-of-experts behaviour from the PEFT adapters a model already has.
 
-    from peft import get_peft_model
-    from monkeyjump import CenterUpdate, MonkeyJumpConfig, initialize_centers
+from peft import get_peft_model
+from monkeyjump import CenterUpdate, MonkeyJumpConfig, initialize_centers
 
-    model = get_peft_model(base_model, MonkeyJumpConfig(base="lora", r=8))
-    initialize_centers(model, train_loader)
-    Trainer(model, args, train_dataset=data, callbacks=[CenterUpdate()]).train()
+model = get_peft_model(base_model, MonkeyJumpConfig(base="lora", r=8))
+initialize_centers(model, train_loader)
+Trainer(model, args, train_dataset=data, callbacks=[CenterUpdate()]).train()
 """
 
 from monkeyjump.config import MonkeyJumpConfig

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from numbers import Real
+from typing import Any, ClassVar, Literal, get_args
 
 from peft import PeftConfig
 
 from monkeyjump.presets import PRESETS
+from monkeyjump.routing.ema import EmaAssignment, EmaSpace
+from monkeyjump.routing.gates import GateNorm, Similarity
+from monkeyjump.routing.pooling import Granularity
 from monkeyjump.suggest import check_choice, did_you_mean
 
-CHOICES = {
-    "granularity": ("token", "last", "mean", "max", "prompt_end", "task"),
-    "similarity": ("cosine", "dot", "euclidean", "l1"),
-    "gate_norm": ("k", "one", "none"),
-    "ema_assignment": ("topk", "top1"),
-    "ema_space": ("sphere", "raw", "mixed"),
-    "center_init": ("kmeans", "random", "random_normalized", "random_tokens", "trainable"),
+CenterInit = Literal["kmeans", "random", "random_normalized", "random_tokens", "trainable"]
+CHOICES: dict[str, tuple[str, ...]] = {
+    "granularity": get_args(Granularity),
+    "similarity": get_args(Similarity),
+    "gate_norm": get_args(GateNorm),
+    "ema_assignment": get_args(EmaAssignment),
+    "ema_space": get_args(EmaSpace),
+    "center_init": get_args(CenterInit),
 }
 
 
@@ -52,22 +58,22 @@ class MonkeyJumpConfig(PeftConfig):
         "Which routed slot takes which center: names in order. None: the order in which the block defines "
         "its modules. 'targets': the order of target_modules.",
     )
-    granularity: str = _field("token", "What one routing decision is for: " + ", ".join(CHOICES["granularity"]))
-    similarity: str = _field(
+    granularity: Granularity = _field("token", "What one routing decision is for: " + ", ".join(CHOICES["granularity"]))
+    similarity: Similarity = _field(
         "cosine",
         "Score of a hidden state against a center. The others than cosine see raw states, and a "
         "temperature that suits cosine does not suit them.",
     )
     top_k: int = _field(2, "Routed adapters that act on a token.")
     temperature: float = _field(1.0, "tau: logits are divided by it before the softmax.")
-    gate_norm: str = _field("k", "What the chosen gates sum to: k, one, or none (Eq. 4 as written).")
+    gate_norm: GateNorm = _field("k", "What the chosen gates sum to: k, one, or none (Eq. 4 as written).")
     jitter_noise: float = _field(0.0, "j: in training, logits times a factor uniform in [1 - j, 1 + j].")
     ema_momentum: float = _field(0.5, "beta of the centers' moving average.")
-    ema_assignment: str = _field("topk", "Tokens that move a center: all routed to it (topk), or top1.")
-    ema_space: str | None = _field(
+    ema_assignment: EmaAssignment = _field("topk", "Tokens that move a center: all routed to it (topk), or top1.")
+    ema_space: EmaSpace | None = _field(
         None, "sphere, raw or mixed; None: sphere for cosine, raw for the other similarities."
     )
-    center_init: str = _field("kmeans", "Start of the centers: " + ", ".join(CHOICES["center_init"]))
+    center_init: CenterInit = _field("kmeans", "Start of the centers: " + ", ".join(CHOICES["center_init"]))
     center_seed: int = _field(0, "Seed of the random starts.")
     num_centers: int | None = _field(
         None, "Fewer centers than routed adapters: adapter e takes center e mod this. None: one each."
@@ -109,15 +115,17 @@ class MonkeyJumpConfig(PeftConfig):
     def _check(self) -> None:
         for name, options in CHOICES.items():
             check_choice(name, getattr(self, name), options)
-        _check_range("top_k", self.top_k, self.top_k >= 1, "use at least 1")
-        _check_range("temperature", self.temperature, self.temperature > 0, "use a number above 0")
-        _check_range("jitter_noise", self.jitter_noise, 0 <= self.jitter_noise < 1, "use a number in [0, 1)")
-        _check_range("ema_momentum", self.ema_momentum, 0 <= self.ema_momentum <= 1, "use a number in [0, 1]")
-        enough = self.num_centers is None or self.num_centers >= 1
-        _check_range("num_centers", self.num_centers, enough, "use at least 1, or None")
-        if self.similarity != "cosine":
-            raw = self.ema_space == "raw"
-            _check_range("ema_space", self.ema_space, raw, f"similarity={self.similarity!r} needs 'raw'")
+        _check_integer("top_k", self.top_k, least=1)
+        if self.num_centers is not None:
+            _check_integer("num_centers", self.num_centers, least=1)
+        _check_integer("center_seed", self.center_seed, least=0)
+        _check_number("temperature", self.temperature, "above 0", lambda v: v > 0)
+        _check_number("jitter_noise", self.jitter_noise, "in [0, 1)", lambda v: 0 <= v < 1)
+        _check_number("ema_momentum", self.ema_momentum, "in [0, 1]", lambda v: 0 <= v <= 1)
+        if self.similarity != "cosine" and self.ema_space != "raw":
+            raise ValueError(
+                f"ema_space={self.ema_space!r} is out of range: similarity={self.similarity!r} needs 'raw'"
+            )
         if self.task_experts is not None and self.granularity != "task":
             raise ValueError(
                 f"task_experts is set but granularity={self.granularity!r} never reads it; use granularity='task'"
@@ -165,6 +173,11 @@ def _target_order(config: MonkeyJumpConfig) -> list[str]:
     return list(targets)
 
 
-def _check_range(name: str, value: object, fine: bool, remedy: str) -> None:
-    if not fine:
-        raise ValueError(f"{name}={value!r} is out of range: {remedy}")
+def _check_integer(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} is out of range: use an integer of at least {least}")
+
+
+def _check_number(name: str, value: Any, range_: str, inside: Callable[[Any], bool]) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not inside(value):
+        raise ValueError(f"{name}={value!r} is out of range: use a number {range_}")

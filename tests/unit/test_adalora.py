@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
-from tiny import LLAMA_TARGETS, llama, routed, tokens, trainable
 
 from monkeyjump import CenterUpdate
 from monkeyjump.tuner.adalora import orthogonality_penalty
+from tiny import LLAMA_TARGETS, llama, routed, tokens, trainable
 
 RANKS = {"init_r": 4, "target_r": 2, "total_step": 6, "tinit": 1, "tfinal": 1, "deltaT": 1}
 
@@ -38,7 +38,10 @@ def test_the_penalty_equals_pefts() -> None:
     for name, value in trainable(mine).items():
         plain.get_parameter(name).data.copy_(value)
     ids = tokens()
-    with mine.disable_adapter(), plain.disable_adapter():  # what is left are the base model's loss and the penalty
+    with (
+        mine.disable_adapter(),
+        plain.disable_adapter(),
+    ):  # what is left are the base model's loss and the penalty
         ours, theirs = mine(ids, labels=ids).loss, plain(ids, labels=ids).loss
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(ours - llama()(ids, labels=ids).loss, 0.5 * orthogonality_penalty(mine, "default"))

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from tiny import llama, routed, tokens, trainable
 from torch import Tensor
 
 from monkeyjump import PRESETS, CenterUpdate
 from monkeyjump.tuner.model import routers
+from tiny import llama, routed, tokens, trainable
 
 
 def centers_of(model: object) -> Tensor:
@@ -35,7 +35,14 @@ def steps_that_move(update: CenterUpdate, steps: int, total_steps: int | None = 
 
 @pytest.mark.parametrize(
     ("every", "until", "moves"),
-    [(1, 3, [1, 2, 3]), (2, 5, [2, 4]), (3, 100, [3, 6]), (1, 0, []), (2, 0.5, [2]), (1, 1.0, [1, 2, 3, 4, 5, 6])],
+    [
+        (1, 3, [1, 2, 3]),
+        (2, 5, [2, 4]),
+        (3, 100, [3, 6]),
+        (1, 0, []),
+        (2, 0.5, [2]),
+        (1, 1.0, [1, 2, 3, 4, 5, 6]),
+    ],
 )
 def test_centers_move_every_so_many_steps_until_a_step(every: int, until: int | float, moves: list[int]) -> None:
     assert steps_that_move(CenterUpdate(every=every, until=until), 6, total_steps=6) == moves

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
-from tiny import llama, routed, tokens, trainable
 from torch import Tensor
 
 from monkeyjump import PRESETS, CenterUpdate, MonkeyJumpConfig
 from monkeyjump.tuner.model import routers
+from tiny import llama, routed, tokens, trainable
 
 
 def test_it_is_also_the_config_of_its_base() -> None:
@@ -45,10 +45,19 @@ EXPECTED = {  # the spec's table of names, defaults and presets
     "readme": (2, 16, 0.0, ["up_proj", "down_proj"], "token", 2, "one", 0.1, 0.9, "top1", "mixed"),
     "ablation": (2, 5, 0.05, [], "token", 2, "none", 0.0, 0.5, "topk", "sphere"),
 }
-FIELDS = (
-    "r lora_alpha lora_dropout shared_modules granularity top_k gate_norm jitter_noise ema_momentum "
-    "ema_assignment ema_space"
-).split()
+FIELDS = [
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "shared_modules",
+    "granularity",
+    "top_k",
+    "gate_norm",
+    "jitter_noise",
+    "ema_momentum",
+    "ema_assignment",
+    "ema_space",
+]
 
 
 @pytest.mark.parametrize("preset", EXPECTED)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from peft import PeftModel
 from test_gates import gates_by_hand
-from tiny import llama, routed, tokens
 from torch import Tensor, nn
 
 from monkeyjump.tuner.block import ROUTER
+from tiny import llama, routed, tokens
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj"]
 SHARED = ["o_proj", "gate_proj"]
@@ -93,7 +93,9 @@ def check_layers(model: PeftModel, base: str, config: dict, inputs: dict[str, Te
         wx = x64 @ layer.get_base_layer().weight.detach().double().T
         gate = torch.ones(*x.shape[:2], 1, dtype=torch.float64)
         if name in router.slots["default"]:
-            m = reference_gates(model, index, blocks[index].double(), inputs["attention_mask"], inputs["labels"], config)
+            m = reference_gates(
+                model, index, blocks[index].double(), inputs["attention_mask"], inputs["labels"], config
+            )
             gate = m[..., router.slots["default"].index(name)].unsqueeze(-1)
         expected = wx + gate * delta(layer, base, x64, wx)
         torch.testing.assert_close(y.double(), expected, atol=2e-5, rtol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
@@ -110,7 +112,13 @@ DECISIONS = [
 @pytest.mark.parametrize(("granularity", "similarity"), DECISIONS)
 @pytest.mark.parametrize("base", ADAPTERS)
 def test_forward_equals_the_equations(base: str, granularity: str, similarity: str) -> None:
-    config = {"granularity": granularity, "similarity": similarity, "temperature": 0.3, "top_k": 2, "gate_norm": "k"}
+    config = {
+        "granularity": granularity,
+        "similarity": similarity,
+        "temperature": 0.3,
+        "top_k": 2,
+        "gate_norm": "k",
+    }
     extra = {"center_init": "random_normalized"}
     model = routed(
         llama(), base=base, target_modules=TARGETS, shared_modules=SHARED, **config, **extra, **ADAPTERS[base]
@@ -127,8 +135,16 @@ def test_forward_equals_the_equations(base: str, granularity: str, similarity: s
 
 def test_gate_norm_none_weakens_as_written() -> None:
     """Eq. 4 as written: the chosen gates sum to their softmax mass, below one."""
-    assert math.isclose(sum(gates_by_hand([1.0, 0.0], [[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]], "cosine", 1, 3, "none")), 1)
-    config = {"granularity": "token", "similarity": "cosine", "temperature": 1.0, "top_k": 1, "gate_norm": "none"}
+    assert math.isclose(
+        sum(gates_by_hand([1.0, 0.0], [[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]], "cosine", 1, 3, "none")), 1
+    )
+    config = {
+        "granularity": "token",
+        "similarity": "cosine",
+        "temperature": 1.0,
+        "top_k": 1,
+        "gate_norm": "none",
+    }
     model = routed(llama(), target_modules=TARGETS, shared_modules=SHARED, **config).eval()
     ids = tokens(1, 4)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}

@@ -77,7 +77,11 @@ def test_a_zero_state_has_no_preference() -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=7), st.integers(1, 8), st.sampled_from(["one", "k"]))
+@given(
+    st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=7),
+    st.integers(1, 8),
+    st.sampled_from(["one", "k"]),
+)
 def test_normalized_gates_sum_to_their_norm(logits: list[float], k: int, norm: str) -> None:
     m, chosen = gates_from_logits(torch.tensor([logits]), k, norm)
     active = min(k, len(logits))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import llama, routed, tokens
 from torch import Tensor
 
 from monkeyjump import record_routing, routing_inputs
+from tiny import llama, routed, tokens
 
 GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
 SEQUENCE = ["last", "mean", "max", "prompt_end"]
@@ -36,8 +36,10 @@ def test_sequence_modes_decide_once_on_the_prompt(granularity: str) -> None:
     ids = tokens(2, 6)
     prompt_gates = []
     router = model.get_base_model().model.layers[1].jump_router
-    hook = model.get_base_model().model.layers[1].register_forward_pre_hook(
-        lambda m, a, k: prompt_gates.append(k["mj_gates"]["default"]), with_kwargs=True
+    hook = (
+        model.get_base_model()
+        .model.layers[1]
+        .register_forward_pre_hook(lambda m, a, k: prompt_gates.append(k["mj_gates"]["default"]), with_kwargs=True)
     )
     with record_routing(model) as record:
         model.generate(input_ids=ids, **GREEDY)
@@ -72,7 +74,10 @@ def test_beams_and_samples_run(granularity: str) -> None:
     model = routed(llama(), granularity=granularity).eval()
     ids = tokens(2, 5)
     assert model.generate(input_ids=ids, num_beams=3, max_new_tokens=4, do_sample=False).shape == (2, 9)
-    assert model.generate(input_ids=ids, num_return_sequences=2, max_new_tokens=4, do_sample=True).shape == (4, 9)
+    assert model.generate(input_ids=ids, num_return_sequences=2, max_new_tokens=4, do_sample=True).shape == (
+        4,
+        9,
+    )
 
 
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from sklearn.cluster import KMeans
-from tiny import llama, routed, tokens
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from monkeyjump import initialize_centers
 from monkeyjump.tuner.model import routers
+from tiny import llama, routed, tokens
 
 
 def rows(count: int = 40, length: int = 8) -> list[dict[str, list[int]]]:
@@ -70,7 +70,10 @@ def test_padding_never_reaches_k_means(side: str) -> None:
             for row in rows():
                 ids, blank = row["input_ids"], 9 - len(row["input_ids"])
                 place = (lambda v, n=blank: [0] * n + v) if side == "left" else (lambda v, n=blank: v + [0] * n)
-                batch = {"input_ids": torch.tensor([place(ids)]), "attention_mask": torch.tensor([place([1] * len(ids))])}
+                batch = {
+                    "input_ids": torch.tensor([place(ids)]),
+                    "attention_mask": torch.tensor([place([1] * len(ids))]),
+                }
                 batch["position_ids"] = torch.tensor([place(list(range(len(ids))))])
                 data.append(batch)
         initialize_centers(model, data, progress=False)
@@ -149,7 +152,11 @@ def test_nothing_but_the_centers_changes() -> None:
     modes = [m.training for m in model.modules()]
     weights = {n: p.clone() for n, p in model.named_parameters()}
     before = torch.random.get_rng_state()
-    initialize_centers(model, DataLoader([{"input_ids": r} for r in tokens(16, 6)], batch_size=4, shuffle=True), progress=False)
+    initialize_centers(
+        model,
+        DataLoader([{"input_ids": r} for r in tokens(16, 6)], batch_size=4, shuffle=True),
+        progress=False,
+    )
     assert torch.equal(before, torch.random.get_rng_state())
     assert grads == [p.requires_grad for p in model.parameters()]
     assert modes == [m.training for m in model.modules()]

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import VOCAB, llama, routed
 from torch import Tensor
 
 from monkeyjump import CenterUpdate, record_routing
 from monkeyjump.tuner.model import routers
+from tiny import VOCAB, llama, routed
 
 GRANULARITIES = ["token", "last", "mean", "max", "prompt_end"]
 
@@ -20,7 +20,9 @@ def padded(rows: list[list[int]], width: int, side: str) -> dict[str, Tensor]:
     batch = {"input_ids": [], "attention_mask": [], "labels": [], "position_ids": []}
     for row in rows:
         blank = width - len(row)
-        place = (lambda v, fill, n=blank: [fill] * n + v) if side == "left" else (lambda v, fill, n=blank: v + [fill] * n)
+        place = (
+            (lambda v, fill, n=blank: [fill] * n + v) if side == "left" else (lambda v, fill, n=blank: v + [fill] * n)
+        )
         batch["input_ids"].append(place(row, 5))  # a real token's id: only the mask says that it is padding
         batch["attention_mask"].append(place([1] * len(row), 0))
         batch["labels"].append(place([-100] * (len(row) // 2) + row[len(row) // 2 :], -100))
@@ -38,7 +40,9 @@ def gathered(model: object, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     model.train()
     update = CenterUpdate(every=1).attach(model, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), 10)
     model(**batch)
-    found = {r.name: torch.cat([r.pending["default"].sums, r.pending["default"].counts[:, None]], 1) for r in routers(model)}
+    found = {
+        r.name: torch.cat([r.pending["default"].sums, r.pending["default"].counts[:, None]], 1) for r in routers(model)
+    }
     update._stop()
     model.eval()
     return found
@@ -51,9 +55,7 @@ def gathered(model: object, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     extra=st.integers(0, 4),
     side=st.sampled_from(["left", "right"]),
 )
-def test_padding_and_batch_mates_change_nothing(
-    granularity: str, rows: list[list[int]], extra: int, side: str
-) -> None:
+def test_padding_and_batch_mates_change_nothing(granularity: str, rows: list[list[int]], extra: int, side: str) -> None:
     model = routed(llama(), granularity=granularity, temperature=0.3).eval()
     width = max(map(len, rows)) + extra
     together = padded(rows, width, side)

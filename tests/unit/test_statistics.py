@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import llama, routed, tokens, trainable
 from torch import Tensor
 
 from monkeyjump import CenterUpdate
 from monkeyjump.routing.ema import CenterStatistics, moved_centers
 from monkeyjump.tuner.model import routers
+from tiny import llama, routed, tokens, trainable
 
 
 def centers_of(model: object) -> Tensor:

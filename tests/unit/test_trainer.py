@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import llama, routed, tokens, trainable
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from monkeyjump import CenterUpdate, initialize_centers
 from monkeyjump.tuner.model import routers
+from tiny import llama, routed, tokens, trainable
 
 ADAPTERS = {
     "lora": {"lora_dropout": 0.05},

@@ -1,0 +1,5 @@
+"""The `monkeyjump` command."""
+
+from .app import main
+
+__all__ = ["main"]

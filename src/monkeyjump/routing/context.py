@@ -33,6 +33,7 @@ class Frame:
         labels: `[B, T]`; never an encoder-decoder's, which speak of the decoder's tokens alone.
         prompt_lengths: `[B]`, attended prompt tokens, given by the caller.
         task_ids: `[B]`.
+        adapter_names: B names, where every row takes an adapter of its own.
         position_ids: `[B, T]`, where the caller gave them.
         packed: whether the caller passed sequence boundaries of a padding-free batch.
         offset: tokens already in the cache.
@@ -42,6 +43,7 @@ class Frame:
     labels: Tensor | None = None
     prompt_lengths: Tensor | None = None
     task_ids: Tensor | None = None
+    adapter_names: list[str] | None = None
     position_ids: Tensor | None = None
     packed: bool = False
     offset: int = 0
@@ -125,12 +127,12 @@ class ForwardContext:
             return None
         lengths = self.first("prompt_lengths")
         if lengths is not None:
-            return end_of_length(lengths, attended)
+            return end_of_length(lengths, attended, batch, length)
         frame = next((f for f in reversed(self.frames) if f.labels is not None), None)
         if frame is None or frame.labels is None or frame.labels.shape != (batch, length):
             return None
         if frame.prompt_end is None:
-            frame.prompt_end = prompt_end(frame.labels)
+            frame.prompt_end = prompt_end(frame.labels, attended)
         return frame.prompt_end
 
     def is_packed(self, attended: Tensor | None) -> bool:

@@ -36,8 +36,11 @@ class CenterStatistics:
             assigned: bool `[N, C]`, the centers that each state counts for.
             space: `sphere` sums unit vectors, the others raw states.
         """
-        states = F.normalize(states.float(), dim=-1) if space == "sphere" else states.float()
-        weight = assigned.float()
+        finite = states.isfinite().all(-1, keepdim=True)  # one such state would stay in a center for ever
+        states = torch.where(finite, states, 0).float()
+        weight = (assigned & finite).float()
+        if space == "sphere":
+            states = F.normalize(states, dim=-1)
         return cls(weight.T @ states, weight.sum(0))
 
     def __add__(self, other: CenterStatistics | None) -> CenterStatistics:

@@ -1,8 +1,8 @@
 """From hidden states to gates (Eq. 3 and 4): pure functions, no state, no PEFT.
 
-    h [B, T, d], centers [E, d]
-      -> logits z [B, T, E]     similarity of every token to every center, over the temperature
-      -> gates  m [B, T, E]     softmax, all but the top k set to zero, rescaled by `gate_norm`
+h [B, T, d], centers [E, d]
+  -> logits z [B, T, E]     similarity of every token to every center, over the temperature
+  -> gates  m [B, T, E]     softmax, all but the top k set to zero, rescaled by `gate_norm`
 """
 
 from __future__ import annotations

@@ -20,11 +20,14 @@ def last_attended(attended: Tensor | None, batch: int, length: int, device: torc
     return (attended.long() * positions).argmax(-1)
 
 
-def prompt_end(labels: Tensor) -> Tensor:
+def prompt_end(labels: Tensor, attended: Tensor | None) -> Tensor:
     """Index of the token before the first supervised one: long `[B]`.
+
+    A row that is supervised from its first token on has no prompt; that first token decides.
 
     Args:
         labels: `[B, T]`, unshifted, as transformers takes them.
+        attended: bool `[B, T]`, or None where every token is.
 
     Raises:
         ValueError: a row has no supervised label, so its prompt has no end.
@@ -37,19 +40,33 @@ def prompt_end(labels: Tensor) -> Tensor:
             f"({IGNORED_LABEL}), so the end of its prompt is unknown; drop such rows, or pass "
             "mj_prompt_lengths [B]"
         )
-    return (supervised.long().argmax(-1) - 1).clamp_min(0)
+    end = supervised.long().argmax(-1) - 1
+    start = torch.zeros_like(end) if attended is None else attended.long().argmax(-1).to(end.device)
+    return torch.maximum(end, start)
 
 
-def end_of_length(prompt_lengths: Tensor, attended: Tensor | None) -> Tensor:
+def end_of_length(prompt_lengths: Tensor, attended: Tensor | None, batch: int, length: int) -> Tensor:
     """Index of the `prompt_lengths[b]`-th attended token of every row: long `[B]`.
 
     Args:
         prompt_lengths: `[B]`, attended tokens of the prompt.
         attended: bool `[B, T]`, or None where every token is.
+
+    Raises:
+        ValueError: not one length per row, or one outside its row.
     """
+    lengths = prompt_lengths.long().flatten()
+    most = torch.full((batch,), length, device=lengths.device)
+    if attended is not None:
+        most = attended.sum(-1).to(lengths.device)
+    if len(lengths) != batch or bool(((lengths < 1) | (lengths > most)).any()):
+        raise ValueError(
+            f"mj_prompt_lengths={lengths.tolist()} does not fit a batch whose {batch} rows have {most.tolist()} "
+            "attended tokens; give the number of prompt tokens of every row, padding not counted"
+        )
     if attended is None:
-        return prompt_lengths.long() - 1
-    reached = attended.long().cumsum(-1) >= prompt_lengths.to(attended.device)[:, None]
+        return lengths - 1
+    reached = attended.long().cumsum(-1) >= lengths.to(attended.device)[:, None]
     return reached.long().argmax(-1)
 
 

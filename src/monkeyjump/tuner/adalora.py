@@ -1,9 +1,10 @@
-"""Routed AdaLoRA: PEFT's, with four of its faults mended on our side.
+"""Routed AdaLoRA: PEFT's, with these faults mended on our side.
 
 * Its forward calls `model.forward` and so bypasses the hooks that tell blocks about masks and labels.
 * Its orthogonality penalty is added whole to every micro-batch (with accumulation it counts double), and
   not at all where the PEFT model has no task type.
 * It fails on labels where the adapter was loaded for inference, and adds the penalty to evaluation losses.
+* On a base in half precision it makes its constant `ranknum` trainable.
 * It cannot reload its own file once ranks were pruned: ours keeps full ranks, pruned ones as zeros.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.adalora import AdaLoraLayer
 from torch import Tensor, nn
 
 from monkeyjump.routing.pooling import IGNORED_LABEL
@@ -28,11 +30,16 @@ AVERAGES = ("exp_avg_ipt", "exp_avg_unc")  # what RankAllocator carries from ste
 class RoutedAdaLora(RoutedTuner):
     """Mixin before `AdaLoraModel`."""
 
+    takes_mixed_batches = False  # it inherits LoRA's hooks, but its layers know no adapter_names
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, which would warn of the rank pattern that its own allocator wrote."""
         config = self.peft_config[adapter_name]
         with _full_ranks(config):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for layer in model.modules():
+            if isinstance(layer, AdaLoraLayer) and adapter_name in layer.ranknum:
+                layer.ranknum[adapter_name].requires_grad_(False)
         if not config.inference_mode:
             model.register_forward_hook(OrthogonalityPenalty(adapter_name, config.orth_reg_weight), with_kwargs=True)
 
@@ -40,11 +47,14 @@ class RoutedAdaLora(RoutedTuner):
         """The model's output, by a call and not by `model.forward`."""
         return self.model(*args, **kwargs)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; the adapter's penalty goes with it."""
+        super().delete_adapter(adapter_name)
+        _remove_penalties(self.model, adapter_name)
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for key, hook in list(model._forward_hooks.items()):
-            if isinstance(hook, OrthogonalityPenalty):
-                del model._forward_hooks[key], model._forward_hooks_with_kwargs[key]
+        _remove_penalties(model, None)
         return model
 
     @classmethod
@@ -74,6 +84,12 @@ class OrthogonalityPenalty:
         if model.training and isinstance(loss, Tensor):
             share = self.weight * _share_of_step(model, kwargs)
             outputs.loss = loss + share * orthogonality_penalty(model, self.adapter)
+
+
+def _remove_penalties(model: nn.Module, adapter: str | None) -> None:
+    for key, hook in list(model._forward_hooks.items()):
+        if isinstance(hook, OrthogonalityPenalty) and adapter in (None, hook.adapter):
+            del model._forward_hooks[key], model._forward_hooks_with_kwargs[key]
 
 
 def orthogonality_penalty(model: nn.Module, adapter: str) -> Tensor:

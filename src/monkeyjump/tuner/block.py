@@ -40,7 +40,7 @@ class RoutedBlock:
 
 
 @functools.cache
-def routed_class(original: type[nn.Module]) -> type[nn.Module]:
+def routed_class(original: Any) -> Any:
     """The routed subclass of a block class; it keeps name, module and signature."""
 
     @functools.wraps(original.forward)
@@ -63,7 +63,7 @@ def routed_class(original: type[nn.Module]) -> type[nn.Module]:
     return type(original.__name__, (RoutedBlock, original), names)
 
 
-def _rebuild(original: type[nn.Module]) -> nn.Module:
+def _rebuild(original: Any) -> nn.Module:
     cls = routed_class(original)
     return cls.__new__(cls)
 
@@ -71,7 +71,8 @@ def _rebuild(original: type[nn.Module]) -> nn.Module:
 def install_router(block: nn.Module, router: Router) -> None:
     """Make `block` a routed block."""
     setattr(block, ROUTER, router)
-    block.__class__ = routed_class(type(block))
+    original: Any = type(block)
+    block.__class__ = routed_class(original)
     _rebind(block)
 
 

@@ -185,7 +185,7 @@ def _move(router: Router, adapter: str) -> None:
     gathered = router.gathered.pop(adapter, None)
     if gathered is not None:
         config, centers = router.configs[adapter], router.centers[adapter]
-        centers.copy_(moved_centers(centers, gathered, config.ema_momentum, config.ema_space))  # type: ignore[arg-type]
+        centers.copy_(moved_centers(centers, gathered, config.ema_momentum, config.ema_space or "sphere"))
 
 
 def _was_skipped(optimizer: Any) -> bool:

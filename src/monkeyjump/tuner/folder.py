@@ -51,7 +51,9 @@ def check_weights(folder: str | Path, subfolder: str | None) -> None:
         with safe_open(path, framework="pt"):
             pass
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or damaged ({error}); copy it again, or train the adapter anew") from error
+        raise ValueError(
+            f"{path} is truncated or damaged ({error}); copy it again, or train the adapter anew"
+        ) from error
 
 
 def check_keys(expected: dict[str, Tensor], weights: dict[str, Tensor], known: Iterable[str]) -> None:
@@ -72,6 +74,7 @@ def check_keys(expected: dict[str, Tensor], weights: dict[str, Tensor], known: I
         for k, v in weights.items()
         if k in expected and v.shape != expected[k].shape
     ]
+    wrong += [f"{k} holds values that are not finite" for k, v in weights.items() if not v.isfinite().all()]
     places = {k.removeprefix(PREFIX) for k in known}
     wrong += [f"{k} belongs to no module of the model" for k in weights if k not in expected and k not in places]
     if wrong:
@@ -121,7 +124,7 @@ def check_fingerprint(model: nn.Module, config: Any) -> None:
 def _base_weights(model: nn.Module) -> dict[str, Tensor]:
     """The base model's plain floating-point matrices, under the names that they have without adapters."""
     adapters = tuple(n + "." for n, m in model.named_modules() if isinstance(m, BaseTunerLayer))
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         inside = next((a for a in adapters if name.startswith(a)), None)
         if inside is not None and not name.startswith(inside + "base_layer."):

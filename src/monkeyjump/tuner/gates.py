@@ -67,7 +67,7 @@ def gate_of(layer: BaseTunerLayer, adapter: str) -> Gate | None:
     return layer.__dict__.get("jump_gates", {}).get(adapter)
 
 
-def install_gate(layer: BaseTunerLayer, adapter: str, gate: Gate, method: str) -> None:
+def install_gate(layer: Any, adapter: str, gate: Gate, method: str) -> None:
     """Make `layer`, adapted by PEFT's `method`, apply `gate` to what `adapter` adds."""
     if "jump_gates" not in layer.__dict__:
         layer.jump_gates = {}
@@ -85,7 +85,7 @@ def install_gate(layer: BaseTunerLayer, adapter: str, gate: Gate, method: str) -
         layer.register_forward_hook(residual.apply, with_kwargs=True)
 
 
-def remove_gates(layer: nn.Module) -> None:
+def remove_gates(layer: Any) -> None:
     """Take the residual hooks off again; PEFT discards the adapted layer but keeps its base layer."""
     for hooks in (layer._forward_hooks, layer.base_layer._forward_hooks):
         for key, hook in list(hooks.items()):
@@ -110,7 +110,7 @@ class RoutedLora(LoraVariant):
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        m = gate_of(module, active_adapter)(x) * module.scaling[active_adapter]
+        m = module.jump_gates[active_adapter](x) * module.scaling[active_adapter]
         u = lora_a(module.lora_dropout[active_adapter](x))
         if lora_b.bias is None:
             return result + lora_b(u * m.to(u.dtype))
@@ -138,22 +138,38 @@ class ResidualGate:
         kept, self.kept = self.kept, None
         if layer.disable_adapters or layer.merged:
             return None
-        gated = [a for a in layer.active_adapters if gate_of(layer, a) is not None]
-        if not gated:
+        m = _residual_gate(layer, args[0], kwargs.get("adapter_names"))
+        if m is None:
             return None
-        if len(gated) > 1:
-            raise ValueError(
-                f"adapters {gated} are active at once in a layer of {type(layer).__name__}, whose method does not "
-                "tell apart what each of them adds; activate one, or use base='lora'"
-            )
         x = args[0]
         if kept is not None and kept[0] is x:
             base = kept[1]
         else:  # the method fed its base layer something else, or did without it
             base = layer.base_layer(x)
             self.kept = None
-        m = gate_of(layer, gated[0])(x)
         return base + m.to(base.dtype) * (adapted.to(base.dtype) - base)
+
+
+def _residual_gate(layer: Any, x: Tensor, adapter_names: list[str] | None) -> Tensor | None:
+    """The gate of everything that a layer's adapters add to `x`; None where nothing is gated.
+
+    Args:
+        adapter_names: one adapter per row, in a mixed batch.
+    """
+    if adapter_names is None:
+        gated = [a for a in layer.active_adapters if gate_of(layer, a) is not None]
+        if len(gated) > 1:
+            raise ValueError(
+                f"adapters {gated} are active at once in a layer of {type(layer).__name__}, whose method does not "
+                "tell apart what each of them adds; activate one, or use base='lora'"
+            )
+        return layer.jump_gates[gated[0]](x) if gated else None
+    m = torch.ones(*x.shape[:-1], 1, device=x.device)
+    for adapter in set(adapter_names):
+        rows = [i for i, name in enumerate(adapter_names) if name == adapter]
+        if (gate := gate_of(layer, adapter)) is not None:
+            m[rows] = gate(x[rows])
+    return m
 
 
 def _is_plain_lora(layer: BaseTunerLayer, adapter: str) -> bool:

@@ -49,7 +49,7 @@ def initialize_centers(
     max_tokens: int | None = 50_000,
     max_samples: int | None = None,
     iterations: int = 50,
-    restarts: int = 1,
+    restarts: int = 4,
     batch_size: int = 8,
     memory_limit: int | str = "4GB",
     seed: int = 0,
@@ -68,7 +68,8 @@ def initialize_centers(
             of texts together with `tokenizer`.
         max_tokens: stop after so many attended tokens (sequences in the sequence modes); None: no limit.
         max_samples: stop after so many rows; None: no limit.
-        iterations, restarts, seed: of k-means.
+        iterations, restarts, seed: of k-means; one start alone costs more than any sample size
+            (docs/centers.md).
         batch_size: rows per forward pass, where `data` is not batched yet.
         memory_limit: bytes of host memory for the states of all blocks and for k-means, as a number
             or "4GB". Where the tokens do not fit, every block keeps a uniform sample of them
@@ -86,7 +87,9 @@ def initialize_centers(
         if adapter in router.centers and router.configs[adapter].center_init in LATE_INITS
     ]
     if not waiting:
-        starts = {c.center_init if c.granularity != "task" else "none" for r in routers(model) for c in r.configs.values()}
+        starts = {
+            c.center_init if c.granularity != "task" else "none" for r in routers(model) for c in r.configs.values()
+        }
         raise ValueError(f"no active adapter needs data for its centers (center_init: {', '.join(sorted(starts))})")
     for name, value in (("max_tokens", max_tokens), ("max_samples", max_samples)):
         if value is not None and value < 1:

@@ -46,16 +46,17 @@ class RoutingPlan:
         return "\n".join(lines)
 
 
-def describe_routing(model: nn.Module, adapter: str | None = None) -> RoutingPlan:
+def describe_routing(model: nn.Module, adapter: str = "") -> RoutingPlan:
     """Blocks, routed and shared modules, and parameter counts of a routed model.
 
     Args:
-        adapter: which adapter; None: the active one.
+        adapter: which adapter; empty: the active one.
     """
     found = routers(model)
     adapter = adapter or found[0].active_adapters[0]
     prefix = {m: n for n, m in model.named_modules() if isinstance(m, Router)}
-    blocks, inside = [], set()
+    blocks: list[BlockPlan] = []
+    inside: set[str] = set()
     for router in found:
         if adapter not in router.slots:
             continue

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.save_and_load import _filter_state_dict_for_adapter_name
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -29,14 +33,18 @@ CANNOT_MERGE = (
 )
 
 
-class RoutedTuner:
+_Tuner: Any = BaseTuner if TYPE_CHECKING else object  # always mixed into a tuner class
+
+
+class RoutedTuner(_Tuner):
     """Mixin before a PEFT tuner class: routes the adapters that the tuner injects.
 
     The tuner does its own work unchanged; this finds the layers that it made, gives each block a
     router and each routed layer its gate.
     """
 
-    model: nn.Module
+    takes_mixed_batches = True
+    model: Any
     peft_config: dict[str, PeftConfig]
 
     # ------------------------------------------------------------------ injection
@@ -44,7 +52,7 @@ class RoutedTuner:
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.target_modules is None and not getattr(peft_config, "target_parameters", None):
             peft_config.target_modules = set(default_targets(self.model))
-        prepared = super()._prepare_adapter_config(peft_config, model_config)  # type: ignore[misc]
+        prepared = super()._prepare_adapter_config(peft_config, model_config)
         check_targets(self.model, prepared)
         if not _is_all_linear(prepared.target_modules):  # before any layer is replaced
             names = [n for n, _ in self.model.named_modules() if n and self._is_target(prepared, n)]
@@ -52,15 +60,17 @@ class RoutedTuner:
         return prepared
 
     def _is_target(self, config: PeftConfig, name: str) -> bool:
-        return bool(self._check_target_module_exists(config, name))  # type: ignore[attr-defined]
+        return bool(self._check_target_module_exists(config, name))
 
-    def _create_and_replace(self, peft_config: Any, adapter_name: str, target: nn.Module, *args: Any, **kw: Any) -> None:
+    def _create_and_replace(
+        self, peft_config: Any, adapter_name: str, target: nn.Module, *args: Any, **kw: Any
+    ) -> None:
         if not isinstance(target, Router):  # a state dict may name the router as if it were a target
-            super()._create_and_replace(peft_config, adapter_name, target, *args, **kw)  # type: ignore[misc]
+            super()._create_and_replace(peft_config, adapter_name, target, *args, **kw)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, then route what was injected."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)  # type: ignore[misc]
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
         assert isinstance(config, MonkeyJumpConfig)
         layers = {
@@ -85,9 +95,10 @@ class RoutedTuner:
         block = model.get_submodule(plan.name)
         inside = [layers[f"{plan.name}.{slot}"] for slot in plan.routed]
         if not isinstance(block, RoutedBlock):
-            context = _context_of(model, plan.name)
-            dim = _hidden_size(model, plan.name, inside[0])
-            install_router(block, Router(plan.name, dim, context, list(self.active_adapters)))  # type: ignore[attr-defined]
+            holder = _holder(model, plan.name)
+            context = _context_of(model, holder)
+            dim = _hidden_size(model, plan.name, holder, inside[0])
+            install_router(block, Router(plan.name, dim, context, list(self.active_adapters)))
         router: Router = getattr(block, ROUTER)
         router.add(adapter, config, plan.routed, _device_of(inside[0]))
         for number, layer in enumerate(inside):
@@ -100,6 +111,19 @@ class RoutedTuner:
         """As the model's, which would refuse our two keywords."""
         with routing_inputs(self.model, task_ids=task_ids, prompt_lengths=mj_prompt_lengths):
             return self.model.generate(*args, **kw)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's mixed batches: row i takes adapter `adapter_names[i]`, and is routed by it."""
+        names = kwargs.get("adapter_names")
+        hooks = getattr(super(), "_enable_peft_forward_hooks", None)
+        if names is not None and (hooks is None or not self.takes_mixed_batches):
+            raise ValueError(f"adapter_names={names!r}: this method takes one adapter per batch; use set_adapter")
+        with (
+            nullcontext() if hooks is None else hooks(*args, **kwargs),
+            routing_inputs(self.model, adapter_names=names),
+        ):
+            yield
 
     # ------------------------------------------------------------------ removal
 
@@ -115,9 +139,9 @@ class RoutedTuner:
         for module in list(self.model.modules()):
             if isinstance(module, BaseTunerLayer) and hasattr(module, "base_layer"):
                 remove_gates(module)
-        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)  # type: ignore[misc]
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         for module in list(model.modules()):
-            if isinstance(module, RoutedBlock):
+            if hasattr(module, ROUTER):
                 remove_router(module)
         _remove_context(model)
         return model
@@ -138,12 +162,14 @@ class RoutedTuner:
         check_fingerprint(model, config)
         weights, training = split_training_state(state_dict)
         has = model.state_dict()
-        expected = super()._get_adapter_state_dict(model, config, adapter_name, has, [])
+        others = [name for name in model.peft_config if name != adapter_name]
+        mine = _filter_state_dict_for_adapter_name(has, others)
+        expected = super()._get_adapter_state_dict(model, config, adapter_name, mine, others)
         expected.update(_router_entries(model, adapter_name, has))
         check_keys({cls._remove_adapter_name_from_key(k, adapter_name): v for k, v in expected.items()}, weights, has)
         training.restore(model, adapter_name)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
-        return {**_aliases(remapped, has), **remapped}
+        return {**_aliases(model, remapped), **remapped}
 
 
 # ---------------------------------------------------------------------- the model around the blocks
@@ -157,9 +183,7 @@ def routers(model: nn.Module) -> list[Router]:
     """
     found = [module for module in model.modules() if isinstance(module, Router)]
     if not found:
-        raise ValueError(
-            "this model has no routed adapter; make one with get_peft_model(model, MonkeyJumpConfig(...))"
-        )
+        raise ValueError("this model has no routed adapter; make one with get_peft_model(model, MonkeyJumpConfig(...))")
     return found
 
 
@@ -171,10 +195,17 @@ def _router_entries(model: nn.Module, adapter: str, state_dict: dict[str, Tensor
     return {key: state_dict[key] for key in keys if key in state_dict}
 
 
-def _aliases(weights: dict[str, Tensor], has: dict[str, Tensor]) -> dict[str, Tensor]:
+def _aliases(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The model's other names for loaded tensors, which PEFT would report missing (UniLoRA shares one vector)."""
-    loaded = {has[k].data_ptr(): v for k, v in weights.items() if k in has and not has[k].is_meta}
-    return {k: loaded[v.data_ptr()] for k, v in has.items() if k not in weights and v.data_ptr() in loaded}
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    found = {}
+    for shared in names.values():
+        loaded = [weights[name] for name in shared if name in weights]
+        if loaded:
+            found.update(dict.fromkeys(shared, loaded[0]))
+    return found
 
 
 def routing_inputs(model: nn.Module, **given: Any):
@@ -189,17 +220,23 @@ def routing_inputs(model: nn.Module, **given: Any):
     return routers(model)[0].context.inputs(**given)
 
 
-def _context_of(model: nn.Module, block: str) -> ForwardContext:
-    """The model's context, with its hooks on the outermost model and on the one that holds the block."""
-    context = _hooked(model)
-    if context is None:
-        context = ForwardContext()
-        _hook(model, context)
-    holder, path = model, model
+def _holder(model: nn.Module, block: str) -> nn.Module:
+    """The innermost transformers model around a block: its mask is the one of the block's tokens."""
+    holder: Any = model
+    path: Any = model
     for part in block.split("."):
         path = getattr(path, part)
         if isinstance(path, PreTrainedModel):
             holder = path
+    return holder
+
+
+def _context_of(model: nn.Module, holder: nn.Module) -> ForwardContext:
+    """The model's context, with its hooks on the outermost model and on the one that holds the blocks."""
+    context = _hooked(model)
+    if context is None:
+        context = ForwardContext()
+        _hook(model, context)
     if _hooked(holder) is None:
         _hook(holder, context)
     return context
@@ -229,15 +266,17 @@ def _remove_context(model: nn.Module) -> None:
                         marks.pop(key, None)
 
 
-def _hidden_size(model: nn.Module, block: str, first: BaseTunerLayer) -> int:
-    """Width of the hidden states entering a block: its first norm's, else its first adapted input's."""
-    for module in model.get_submodule(block).modules():
-        shape = getattr(module, "normalized_shape", None)
-        if shape:
-            return int(shape[-1])
-        if type(module).__name__.endswith("Norm") and isinstance(getattr(module, "weight", None), Tensor):
-            return int(module.weight.shape[0])
-    return int(first.in_features)
+def _hidden_size(model: nn.Module, block: str, holder: nn.Module, first: BaseTunerLayer) -> int:
+    """Width of the hidden states entering a block.
+
+    Its own norm knows best (the width may differ from stage to stage), then the model's config, then
+    the first adapted layer. Norms deeper inside may be as narrow as one attention head.
+    """
+    for child in model.get_submodule(block).children():
+        if type(child).__name__.endswith("Norm") and isinstance(weight := getattr(child, "weight", None), Tensor):
+            return int(weight.shape[-1])
+    width = getattr(getattr(holder, "config", None), "hidden_size", None)
+    return int(first.in_features if width is None else width)
 
 
 def _device_of(layer: BaseTunerLayer) -> torch.device:

@@ -95,9 +95,7 @@ def _register(base_type: PeftType, base_config: type[PeftConfig], base_tuner: ty
     _config_classes[base_type.value.lower()] = config
 
 
-def _make_config(
-    routed_type: PeftType, base_type: PeftType, base_config: type[PeftConfig]
-) -> type[MonkeyJumpConfig]:
+def _make_config(routed_type: PeftType, base_type: PeftType, base_config: type[PeftConfig]) -> type[MonkeyJumpConfig]:
     own = {f.name: f for f in dataclasses.fields(base_config)}
     lora_like = issubclass(base_config, LoraConfig)  # elsewhere r means something else
     defaults = [

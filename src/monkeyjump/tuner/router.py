@@ -44,6 +44,7 @@ class Router(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("learned_centers",)
     other_param_names = ("centers", "configs", "slots", "ready", "pending", "gathered", "gathering", "steps")
+    active_adapters: list[str]
     weight = bias = None  # BaseTunerLayer would look for them in a base layer, for ever
 
     def __init__(self, name: str, dim: int, context: ForwardContext, active: list[str]) -> None:
@@ -102,14 +103,21 @@ class Router(nn.Module, BaseTunerLayer):
             block_kwargs: what else the block was called with; its KV cache is looked up there.
 
         Returns:
-            float32 `[B, T, E]` (`[B, 1, E]` where whole sequences are routed) per adapter, or None
-            where the adapters are disabled.
+            float32 `[B, T, E]` (`[B, 1, E]` where whole sequences are routed) per adapter, in a mixed
+            batch for its own rows; None where the adapters are disabled.
         """
         if self._disable_adapters and not self.observers:
             return None
         cache = next((c for k in CACHE_KEYWORDS if (c := block_kwargs.get(k)) is not None), None)
-        routed = [a for a in self.active_adapters if a in self.configs]
-        return {adapter: self._gates(adapter, hidden, cache) for adapter in routed}
+        names = self.context.first("adapter_names")
+        routed = [a for a in (self.active_adapters if names is None else set(names)) if a in self.configs]
+        gates = {adapter: self._gates(adapter, hidden, cache) for adapter in routed}
+        if names is not None:  # PEFT hands each adapter its own rows only
+            per_name = hidden.shape[0] // len(names)  # beams of a row stand together
+            for adapter in routed:
+                rows = [i for i in range(hidden.shape[0]) if names[i // per_name] == adapter]
+                gates[adapter] = gates[adapter][rows]
+        return gates
 
     def _gates(self, adapter: str, hidden: Tensor, cache: Any) -> Tensor:
         config = self.configs[adapter]
@@ -152,7 +160,7 @@ class Router(nn.Module, BaseTunerLayer):
             if gathers or self.observers:
                 attended = None
                 if config.granularity == "token":
-                    attended = self.context.attended(*states.shape[:2], states.device)
+                    attended = self.context.attended(states.shape[0], states.shape[1], states.device)
                 for observer in self.observers:
                     observer(self, adapter, states, chosen, attended)
                 if gathers:
@@ -168,7 +176,7 @@ class Router(nn.Module, BaseTunerLayer):
             assigned = top_k_mask(logits, 1)
         if attended is not None:
             assigned = assigned & attended[..., None]
-        seen = CenterStatistics.of(states.flatten(0, 1), assigned.flatten(0, 1), config.ema_space)
+        seen = CenterStatistics.of(states.flatten(0, 1), assigned.flatten(0, 1), config.ema_space or "sphere")
         self.pending[adapter] = seen + self.pending.get(adapter)
 
     def _task_gates(self, adapter: str, hidden: Tensor) -> Tensor:
@@ -200,8 +208,12 @@ class Router(nn.Module, BaseTunerLayer):
             return
         remedy = "call initialize_centers(model, data) first, or set center_init='random'"
         if self.training and torch.is_grad_enabled():
-            raise RuntimeError(f"center_init={config.center_init!r}: the centers of {self.name} are not there yet; {remedy}")
-        self.context.warn_once(f"ready {adapter}", f"adapter {adapter!r} routes with centers never initialized; {remedy}")
+            raise RuntimeError(
+                f"center_init={config.center_init!r}: the centers of {self.name} are not there yet; {remedy}"
+            )
+        self.context.warn_once(
+            f"ready {adapter}", f"adapter {adapter!r} routes with centers never initialized; {remedy}"
+        )
 
     def _check_whole_prompt(self, config: MonkeyJumpConfig, hidden: Tensor) -> None:
         """Sequence modes decide on whole, single sequences (rule 7)."""
@@ -211,7 +223,7 @@ class Router(nn.Module, BaseTunerLayer):
                 f"granularity={config.granularity!r} decides on the prompt, but the cache already holds "
                 f"{frames[-1].offset} tokens without a decision; start with an empty cache, or use granularity='token'"
             )
-        if self.context.is_packed(self.context.attended(*hidden.shape[:2], hidden.device)):
+        if self.context.is_packed(self.context.attended(hidden.shape[0], hidden.shape[1], hidden.device)):
             raise ValueError(
                 f"granularity={config.granularity!r} takes one sequence per row, but these rows are packed "
                 "(their positions restart); unpack them, or use granularity='token'"
@@ -253,7 +265,8 @@ def _continued(gates: Tensor, hidden: Tensor) -> Tensor:
     if gates.shape[0] != batch or length > 1:
         raise ValueError(
             f"the cache holds a routing decision for {gates.shape[0]} rows, but {length} more tokens of {batch} rows "
-            "came: whole sequences are routed on their prompt, in one piece; use granularity='token' for chunks"
+            "came: whole sequences are routed on their prompt, in one piece; use granularity='token' for prefill in "
+            "chunks and for assisted decoding"
         )
     return gates
 

@@ -1,9 +1,9 @@
 """Which modules are adapted, which blocks they belong to, which of them are routed.
 
-    slot     a targeted module of a block, named by its path within the block ("self_attn.q_proj")
-    routed   it is an expert: its adapter acts on the tokens that the block's router sends to it
-    shared   its adapter acts on every token of a routed block
-    plain    it lies outside any routed block: an ordinary PEFT adapter
+slot     a targeted module of a block, named by its path within the block ("self_attn.q_proj")
+routed   it is an expert: its adapter acts on the tokens that the block's router sends to it
+shared   its adapter acts on every token of a routed block
+plain    it lies outside any routed block: an ordinary PEFT adapter
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -106,7 +107,7 @@ def block_of(model: nn.Module, module_name: str) -> str | None:
     for name, parent in reversed(parents):
         if isinstance(parent, GradientCheckpointingLayer):
             return name
-    for (_, container), (name, _) in zip(parents, parents[1:]):
+    for (_, container), (name, _) in pairwise(parents):
         if isinstance(container, nn.ModuleList):
             return name
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
@@ -24,6 +24,10 @@ class PropulsionLayer(nn.Module, BaseTunerLayer, AppliesGate):
 
     adapter_layer_names = ("propulsion_delta",)
     other_param_names = ("degree",)
+
+    if TYPE_CHECKING:  # nn.Module's own says Tensor | Module, also for PEFT's methods
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any) -> None:
         super().__init__()

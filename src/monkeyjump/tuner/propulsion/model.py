@@ -34,7 +34,8 @@ class PropulsionModel(BaseTuner):
             return
         if not isinstance(target, (nn.Linear, Conv1D)):
             raise ValueError(
-                f"target_modules matches {current_key!r}, a {type(target).__name__}; Propulsion adapts nn.Linear and Conv1D"
+                f"target_modules matches {current_key!r}, a {type(target).__name__}; Propulsion adapts nn.Linear "
+                "and Conv1D"
             )
         layer = PropulsionLayer(target, adapter_name, peft_config)
         if adapter_name not in self.active_adapters:

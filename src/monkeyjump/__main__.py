@@ -1,0 +1,5 @@
+"""`python -m monkeyjump`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,70 @@
+"""The command line: what it offers, and how it fails (one line and a hint on stderr, an exit code)."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+import typer
+
+from ..tasks.errors import InputError
+from .demo import demo
+
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+
+# Typer re-exports BadParameter but not its parent, of which an unknown option is another child.
+_UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
+
+app = typer.Typer(
+    name="monkeyjump",
+    help="Mixture-of-experts behaviour from the PEFT adapters a model already has.",
+    add_completion=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(demo)
+
+
+@app.callback()
+def _commands() -> None:
+    """Mixture-of-experts behaviour from the PEFT adapters a model already has."""
+
+
+def main() -> None:
+    """Entry point. Exit code 0: done; 1: failed; 2: bad input; 130: interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not where a test replaced it
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 is no reason to fail
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs a command line and returns its exit code."""
+    try:
+        code = app(arguments, standalone_mode=False) or 0
+        if code == EXIT_INTERRUPTED:  # typer has caught the interrupt
+            raise KeyboardInterrupt
+        return code
+    except (KeyboardInterrupt, typer.Abort):
+        print("\nerror: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        return _report(error)
+
+
+def _report(error: Exception) -> int:
+    if isinstance(error, InputError):
+        return _say(str(error), error.hint, EXIT_BAD_INPUT)
+    if isinstance(error, _UsageError):
+        return _say(error.format_message(), "monkeyjump demo --help lists the options", EXIT_BAD_INPUT)  # type: ignore[attr-defined]
+    reason = f"{type(error).__name__}: {error}"
+    return _say(reason, "add --debug for the traceback", EXIT_FAILED)
+
+
+def _say(message: str, hint: str, code: int) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)
+    return code
