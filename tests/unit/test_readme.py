@@ -1,0 +1,41 @@
+"""The README's Python runs as it stands, and its commands exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from tiny import llama, tokens
+from transformers import TrainingArguments
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert code is not None
+    settings = {"max_steps": 3, "report_to": [], "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
+    given = {
+        "base_model": llama(),
+        "fresh_base": llama(),
+        "data": [{"input_ids": row.tolist(), "labels": row.tolist()} for row in tokens(16, 6)],
+        "args": TrainingArguments("run", **settings),
+        "prompt": tokens(1, 4),
+    }
+    exec(code[1], given)
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_the_commands_are_make_targets() -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = re.findall(r"(?:^|`|PYTHON=\S+ )make ([a-z-]+)", README, re.MULTILINE)
+    assert {"demo", "test", "test-all", "help"} <= set(named)
+    assert set(named) <= {*targets}
+
+
+def test_what_it_links_to_is_there() -> None:
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
