@@ -138,13 +138,14 @@ class ResidualGate:
         kept, self.kept = self.kept, None
         if layer.disable_adapters or layer.merged:
             return None
-        m = _residual_gate(layer, args[0], kwargs.get("adapter_names"))
+        names = kwargs.get("adapter_names")
+        m = _residual_gate(layer, args[0], names)
         if m is None:
             return None
         x = args[0]
-        if kept is not None and kept[0] is x:
+        if kept is not None and kept[0] is x and names is None:
             base = kept[1]
-        else:  # the method fed its base layer something else, or did without it
+        else:  # the method fed its base layer something else, did without it, or wrote a mixed batch into it
             base = layer.base_layer(x)
             self.kept = None
         return base + m.to(base.dtype) * (adapted.to(base.dtype) - base)

@@ -130,6 +130,13 @@ class RoutedTuner(_Tuner):
     def _check_merge_allowed(self) -> None:
         raise ValueError(CANNOT_MERGE)
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused, as PEFT does for every method whose adapters are no plain sums."""
+        raise ValueError(
+            "routed adapters cannot be combined into one: each has a router of its own, and no weighted sum of "
+            "their matrices routes as they do; keep them apart and use set_adapter"
+        )
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False
 
