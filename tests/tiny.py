@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -106,3 +107,8 @@ def left_padded(rows: list[Tensor]) -> dict[str, Tensor]:
     ids = torch.cat([nn.functional.pad(row, (pad, 0)) for row, pad in zip(rows, pads)])
     mask = torch.cat([nn.functional.pad(torch.ones_like(row), (pad, 0)) for row, pad in zip(rows, pads)])
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def by_message(table: list[tuple]) -> list:
+    """Cases of a table as pytest parameters, named by what their error must say first."""
+    return [pytest.param(*case, id=case[-1] if isinstance(case[-1], str) else case[-1][0]) for case in table]

@@ -37,11 +37,13 @@ class RoutedAdaLora(RoutedTuner):
         config = self.peft_config[adapter_name]
         with _full_ranks(config):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        for layer in model.modules():
-            if isinstance(layer, AdaLoraLayer) and adapter_name in layer.ranknum:
-                layer.ranknum[adapter_name].requires_grad_(False)
+        _freeze_ranknum(model, adapter_name)
         if not config.inference_mode:
             model.register_forward_hook(OrthogonalityPenalty(adapter_name, config.orth_reg_weight), with_kwargs=True)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        _freeze_ranknum(self.model, adapter_name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output, by a call and not by `model.forward`."""
@@ -84,6 +86,12 @@ class OrthogonalityPenalty:
         if model.training and isinstance(loss, Tensor):
             share = self.weight * _share_of_step(model, kwargs)
             outputs.loss = loss + share * orthogonality_penalty(model, self.adapter)
+
+
+def _freeze_ranknum(model: nn.Module, adapter: str) -> None:
+    for layer in model.modules():
+        if isinstance(layer, AdaLoraLayer) and adapter in layer.ranknum:
+            layer.ranknum[adapter].requires_grad_(False)
 
 
 def _remove_penalties(model: nn.Module, adapter: str | None) -> None:
