@@ -1,6 +1,8 @@
 # One command per chore. `make help` lists them.
 PYTHON ?= python3
 VENV   ?= .venv
+# with torch's default, threads that wait for each other spin, and a busy machine gets many times slower
+export OMP_WAIT_POLICY ?= passive
 BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 2
 

@@ -1,5 +1,5 @@
 """`python -m monkeyjump`."""
 
-from .cli import main
+from monkeyjump.cli import main
 
 main()

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny import llama, tokens
 from transformers import TrainingArguments
+
+from tiny import llama, tokens
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

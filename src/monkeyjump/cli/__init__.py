@@ -1,5 +1,5 @@
 """The `monkeyjump` command."""
 
-from .app import main
+from monkeyjump.cli.app import main
 
 __all__ = ["main"]

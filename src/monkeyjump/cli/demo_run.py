@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +15,15 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from monkeyjump import CenterUpdate, MonkeyJumpConfig, describe_routing, initialize_centers, record_routing
+from monkeyjump.cli.demo_inputs import DemoOptions, Inputs, gather
+from monkeyjump.cli.demo_report import LORA, ROUTED, UNTOUCHED, say_plan, show_results, write_results
+from monkeyjump.cli.screen import Screen, duration
+from monkeyjump.evaluation import Correct, Spread, evaluate, spread
+from monkeyjump.tasks import InputError
+from monkeyjump.tasks.models import load_base
+from monkeyjump.training import Step, save_adapter, train
+from monkeyjump.training.reload import Reloaded, check_reload
 
-from ..evaluation import (
-    Correct,
-    Spread,
-    accuracy,
-    accuracy_table,
-    evaluate,
-    paired_difference,
-    routing_table,
-    spread,
-)
-from ..evaluation.choices import differ_at_first
-from ..tasks import Collator, LoadedTask, Mixture, TestSet, find_task, load_task, mix
-from ..tasks.cache import write_in_one_piece
-from ..tasks.errors import InputError
-from ..tasks.loading import SizeName
-from ..tasks.models import DEMO_MODEL, check_model, demo_model, load_base, load_tokenizer
-from ..training import Step, TrainSettings, save_adapter, train
-from ..training.reload import Reloaded, check_reload
-from .screen import Screen, duration
-
-UNTOUCHED, LORA, ROUTED = "untouched", "LoRA", "MJ-LoRA"
 ADAPTER: dict[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "task_type": "CAUSAL_LM"}
 CENTER_TOKENS = 4_000
 PACE_STEPS = 3  # steps of training after which the duration of the rest is known well enough
@@ -47,43 +31,13 @@ EVAL_BATCH = 16
 RELOAD_SECONDS = 15.0
 
 
-@dataclass(frozen=True)
-class DemoOptions:
-    model: str | None
-    tasks: tuple[str, ...]
-    size: SizeName
-    output: Path
-    seed: int
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What all three models share."""
-
-    base: str
-    tokenizer: Any
-    collator: Collator
-    tasks: list[LoadedTask]
-    mixture: Mixture
-    settings: TrainSettings
-
-    @property
-    def steps(self) -> int:
-        return self.settings.steps(len(self.mixture.train))
-
-    @property
-    def test_tokens(self) -> int:
-        return sum(test.tokens * _forwards(test) for test in self.mixture.tests)
-
-
 def run_demo(options: DemoOptions) -> None:
     """Raises InputError for bad input, before any long work."""
     _quiet()
     screen = Screen()
-    _check_output(options.output)
     with screen.phase("data and model"):
-        inputs = _gather(options, screen)
-    targets = _say_plan(inputs, options, screen)
+        inputs = gather(options, screen)
+        targets = _plan(inputs, options, screen)
     results: dict[str, Correct] = {}
     with screen.phase("evaluate untouched"):
         results[UNTOUCHED] = _evaluate(UNTOUCHED, load_base(inputs.base), inputs, screen)
@@ -98,10 +52,10 @@ def run_demo(options: DemoOptions) -> None:
     spreads: dict[str, Spread] = {}
     with screen.phase("evaluate MJ-LoRA"):
         results[ROUTED] = _evaluate(ROUTED, routed, inputs, screen, spreads)
-    _show(results, spreads, screen)
+    show_results(results, spreads, screen)
     with screen.phase("save and reload"):
         reloaded = _save_and_reload(routed, inputs, options.output, screen)
-    _write_results(options, results, spreads, reloaded)
+    write_results(options, results, spreads, reloaded)
     screen.say(f"\n{screen.summary()}")
 
 
@@ -112,70 +66,27 @@ def _quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _check_output(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output: {folder} cannot be made: {error.strerror}") from error
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"--output: {folder} is not writable", hint="choose another folder")
-
-
-def _gather(options: DemoOptions, screen: Screen) -> Inputs:
-    """Everything that can be wrong with the input comes up here."""
-    descriptions = [find_task(name) for name in options.tasks]
-    if options.model is not None:
-        check_model(options.model)
-    tasks = [load_task(task, options.size, options.seed, screen.note) for task in descriptions]
-    base = options.model or str(demo_model(screen.note))
-    tokenizer = load_tokenizer(base)
-    settings = TrainSettings(seed=options.seed)
-    return Inputs(base, tokenizer, Collator.of(tokenizer), tasks, mix(tasks, tokenizer), settings)
-
-
 def _routed_config() -> Any:
     return MonkeyJumpConfig(base="lora", **ADAPTER, target_modules=None)
 
 
 def _fresh(inputs: Inputs, seed: int, config: Any) -> Any:
     """A newly read base with an adapter drawn from `seed`: no run sees what another left behind."""
+    base = load_base(inputs.base)
     transformers.set_seed(seed)
-    return get_peft_model(load_base(inputs.base), config)
-
-
-def _say_plan(inputs: Inputs, options: DemoOptions, screen: Screen) -> list[str]:
-    """Prints what is going to happen; returns the modules that get adapters, for plain LoRA too."""
-    name = options.model or DEMO_MODEL
     try:
-        model = _fresh(inputs, options.seed, _routed_config())
+        return get_peft_model(base, config)
     except ValueError as error:  # our settings are fixed: it is the model that they do not fit
-        raise InputError(f"model: '{name}' cannot be routed: {error}", hint="try a decoder such as Llama") from error
-    plan = describe_routing(model)
-    screen.say(f"Model: {name} ({plan.total_parameters - plan.trainable_parameters:,} parameters)")
-    tests = {test.name: test for test in inputs.mixture.tests}
-    for loaded in inputs.tasks:
-        dropped = "; ".join(f"{n} {reason}" for reason, n in loaded.dropped.items() if n) or "none"
-        task = loaded.task.name
-        overlap = f", {n} of them dropped: also in test" if (n := inputs.mixture.overlap[task]) else ""
-        screen.say(
-            f"Task {task}: {len(loaded.train)} training rows{overlap}, {len(tests[task].prompts)} test rows, "
-            f"{len(loaded.task.choices)} choices; {inputs.mixture.cut[task]} texts cut to "
-            f"{loaded.task.max_text_tokens} tokens; dropped from the source: {dropped}"
-        )
-    screen.say(f"Plan: {plan}")
-    settings = inputs.settings
-    screen.say(
-        f"k-means over up to {CENTER_TOKENS:,} tokens sets the centers; then {inputs.steps} steps of "
-        f"{settings.batch_size} rows from all tasks at once, learning rate {settings.learning_rate:g}, "
-        f"for plain LoRA and for MJ-LoRA alike.\n"
-    )
+        reason = f"model: '{inputs.base}' cannot take the adapters: {error}"
+        raise InputError(reason, hint="try a decoder such as Llama") from error
+
+
+def _plan(inputs: Inputs, options: DemoOptions, screen: Screen) -> list[str]:
+    """Says what is going to happen; returns the modules that get adapters, for plain LoRA too."""
+    model = _fresh(inputs, options.seed, _routed_config())
+    say_plan(describe_routing(model), inputs, options, CENTER_TOKENS, screen)
     targets: Any = model.peft_config["default"].target_modules
     return sorted(targets)
-
-
-def _forwards(test: TestSet) -> int:
-    """Passes over each prompt: one where the first tokens tell the choices apart."""
-    return 1 if differ_at_first(test.choices) else len(test.choices)
 
 
 def _evaluate(
@@ -239,17 +150,6 @@ def _train_routed(model: Any, inputs: Inputs, seed: int, screen: Screen) -> None
         _train(ROUTED, model, inputs, screen, [CenterUpdate(every=2, until=0.6)])
 
 
-def _show(results: dict[str, Correct], spreads: dict[str, Spread], screen: Screen) -> None:
-    screen.out.print()
-    screen.out.print(accuracy_table(results, LORA, ROUTED))
-    screen.say(
-        "Intervals cover the choice of test rows, not of seeds: each model was trained once. 'Not resolved': "
-        "the interval of the difference covers 0, so these rows do not tell which is better.\n"
-    )
-    screen.out.print(routing_table(spreads))
-    screen.say("Averaged over the blocks; the last column is 1 where each block sends the whole task to one adapter.")
-
-
 def _save_and_reload(model: Any, inputs: Inputs, output: Path, screen: Screen) -> Reloaded:
     folder = output / "adapter"
     save_adapter(model, folder)
@@ -265,22 +165,3 @@ def _save_and_reload(model: Any, inputs: Inputs, output: Path, screen: Screen) -
     if not reloaded.equal:
         raise RuntimeError(f"{folder} does not give the logits of the model it was saved from")
     return reloaded
-
-
-def _write_results(
-    options: DemoOptions, results: dict[str, Correct], spreads: dict[str, Spread], reloaded: Reloaded
-) -> None:
-    """results.json: every number of the tables, and the right and wrong of each test row."""
-    tasks = list(results[ROUTED])
-    record = {
-        "options": {**asdict(options), "output": str(options.output)},
-        "accuracy": {
-            model: {task: asdict(accuracy(rows)) for task, rows in correct.items()}
-            for model, correct in results.items()
-        },
-        "difference": {task: asdict(paired_difference(results[LORA][task], results[ROUTED][task])) for task in tasks},
-        "correct": results,
-        "routing": {task: asdict(found) for task, found in spreads.items()},
-        "reload": asdict(reloaded),
-    }
-    write_in_one_piece(options.output / "results.json", json.dumps(record, indent=1))

@@ -1,10 +1,10 @@
 """Evaluation: scoring of closed answers, intervals, tables."""
 
-from .choices import choice_scores
-from .intervals import Estimate, accuracy, paired_difference
-from .routing import Spread, spread
-from .scoring import Correct, evaluate
-from .table import accuracy_table, routing_table
+from monkeyjump.evaluation.choices import choice_scores
+from monkeyjump.evaluation.intervals import Estimate, accuracy, paired_difference
+from monkeyjump.evaluation.routing import Spread, spread
+from monkeyjump.evaluation.scoring import Correct, evaluate
+from monkeyjump.evaluation.table import accuracy_table, routing_table
 
 __all__ = [
     "Correct",

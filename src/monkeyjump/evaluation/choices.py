@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..tasks.prompts import Collator, Tokens
+from monkeyjump.tasks.prompts import Collator, Tokens
 
 Advance = Callable[[int], None]
 

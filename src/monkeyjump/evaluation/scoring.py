@@ -6,9 +6,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from ..tasks.mixture import TestSet
-from ..tasks.prompts import Collator
-from .choices import Advance, choice_scores
+from monkeyjump.evaluation.choices import Advance, choice_scores
+from monkeyjump.tasks.mixture import TestSet
+from monkeyjump.tasks.prompts import Collator
 
 Correct = dict[str, list[bool]]
 

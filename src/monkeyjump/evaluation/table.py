@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
-from .intervals import Estimate, accuracy, paired_difference
-from .routing import Spread
-from .scoring import Correct
+from monkeyjump.evaluation.intervals import Estimate, accuracy, paired_difference
+from monkeyjump.evaluation.routing import Spread
+from monkeyjump.evaluation.scoring import Correct
 
 POOLED = "all tasks, pooled"
 

@@ -1,10 +1,10 @@
 """Tasks: their descriptions, their rows, their prompts; and where data and the demo's model come from."""
 
-from .description import Task, catalog, find_task, read_task
-from .errors import InputError
-from .loading import Example, LoadedTask, load_task
-from .mixture import Mixture, TestSet, mix
-from .prompts import Collator, Prompts
+from monkeyjump.tasks.description import Task, catalog, find_task, read_task
+from monkeyjump.tasks.errors import InputError
+from monkeyjump.tasks.loading import Example, LoadedTask, load_task
+from monkeyjump.tasks.mixture import Mixture, TestSet, mix
+from monkeyjump.tasks.prompts import Collator, Prompts
 
 __all__ = [
     "Collator",

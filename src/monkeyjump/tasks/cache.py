@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import InputError
+from monkeyjump.tasks.errors import InputError
 
 MANIFEST = "manifest.json"
 

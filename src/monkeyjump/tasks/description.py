@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
-from .errors import InputError, near_miss
+from monkeyjump.tasks.errors import InputError, near_miss
 
 Format = Literal["jsonl", "csv", "tsv", "parquet", "text"]
 

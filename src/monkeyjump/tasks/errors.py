@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..suggest import did_you_mean
+from monkeyjump.suggest import did_you_mean
 
 
 class InputError(ValueError):

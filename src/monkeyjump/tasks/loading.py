@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .description import Band, Task
-from .errors import InputError, near_miss
-from .sources import Row, read_source
+from monkeyjump.tasks.description import Band, Task
+from monkeyjump.tasks.errors import InputError, near_miss
+from monkeyjump.tasks.sources import Row, read_source
 
 
 @dataclass(frozen=True)

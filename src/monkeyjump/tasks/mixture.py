@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import InputError
-from .loading import Example, LoadedTask
-from .prompts import Prompts, Tokens
+from monkeyjump.tasks.errors import InputError
+from monkeyjump.tasks.loading import Example, LoadedTask
+from monkeyjump.tasks.prompts import Prompts, Tokens
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from .cache import folder_in_one_piece, home, verify_manifest, write_manifest
-from .errors import InputError
-from .packages import PACKAGES, fetch, read_package
+from monkeyjump.tasks.cache import folder_in_one_piece, home, verify_manifest, write_manifest
+from monkeyjump.tasks.errors import InputError
+from monkeyjump.tasks.packages import PACKAGES, fetch, read_package
 
 DEMO_MODEL = "SmolLM2-135M-Instruct"
 

@@ -19,8 +19,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import BinaryIO
 
-from .cache import home, verify
-from .errors import InputError, near_miss
+from monkeyjump.tasks.cache import home, verify
+from monkeyjump.tasks.errors import InputError, near_miss
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ import jinja2
 import torch
 from torch import Tensor
 
-from .description import Task
-from .errors import InputError
-from .loading import Example
+from monkeyjump.tasks.description import Task
+from monkeyjump.tasks.errors import InputError
+from monkeyjump.tasks.loading import Example
 
 IGNORED = -100
 Tokens = list[int]

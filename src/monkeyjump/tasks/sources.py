@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .description import FileSource, HubSource, PackageSource, Task
-from .errors import InputError
-from .packages import fetch, find_package, read_package
+from monkeyjump.tasks.description import FileSource, HubSource, PackageSource, Task
+from monkeyjump.tasks.errors import InputError
+from monkeyjump.tasks.packages import fetch, find_package, read_package
 
 
 @dataclass(frozen=True)

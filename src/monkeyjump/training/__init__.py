@@ -1,6 +1,6 @@
 """Training runs."""
 
-from .run import Step, TrainResult, TrainSettings, train
-from .saving import save_adapter
+from monkeyjump.training.run import Step, TrainResult, TrainSettings, train
+from monkeyjump.training.saving import save_adapter
 
 __all__ = ["Step", "TrainResult", "TrainSettings", "save_adapter", "train"]

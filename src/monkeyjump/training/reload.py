@@ -20,8 +20,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..tasks.models import load_base, load_tokenizer
-from ..tasks.prompts import Tokens
+from monkeyjump.tasks.models import load_base, load_tokenizer
+from monkeyjump.tasks.prompts import Tokens
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from ..tasks.errors import InputError
-from ..tasks.prompts import Collator
+from monkeyjump.tasks.errors import InputError
+from monkeyjump.tasks.prompts import Collator
 
 MOST_MASKED = 0.05  # share of rows without a supervised token above which the data must be wrong
 

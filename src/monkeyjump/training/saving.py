@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..tasks.cache import folder_in_one_piece
+from monkeyjump.tasks.cache import folder_in_one_piece
 
 
 def save_adapter(model: Any, folder: Path) -> None:
