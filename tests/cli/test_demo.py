@@ -153,7 +153,11 @@ def test_the_bare_command_shows_what_there_is(capsys: pytest.CaptureFixture[str]
 
 
 def test_interrupt_is_exit_code_130(inputs: Path):
-    line, environment = command(inputs, "demo", "--model", "model", "--tasks", "films.yaml", "--output", "o4")
+    # thousands of rows, so that no machine is done before the signal comes
+    many = [{**row, "sentence": f"film {n // 100} {n % 100} {row['sentence']}"} for n, row in enumerate(rows(4000))]
+    task = write_task(inputs, "long", many)
+    task.write_text(task.read_text().replace("{train: 16, test: 8}", "{train: 3900, test: 8}"))
+    line, environment = command(inputs, "demo", "--model", "model", "--tasks", "long.yaml", "--output", "o4")
     process = subprocess.Popen(
         line, env=environment, cwd=inputs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
