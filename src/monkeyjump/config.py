@@ -53,7 +53,7 @@ class MonkeyJumpConfig(PeftConfig):
         "projection where targeted, as long as something stays routed. []: none.",
     )
     layers_to_route: list[int] | int | None = _field(None, "Blocks with routing, by index; None: all.")
-    expert_order: list[str] | str | None = _field(
+    expert_order: list[str] | Literal["targets"] | None = _field(
         None,
         "Which routed slot takes which center: names in order. None: the order in which the block defines "
         "its modules. 'targets': the order of target_modules.",
@@ -91,7 +91,7 @@ class MonkeyJumpConfig(PeftConfig):
         if cls is MonkeyJumpConfig:
             from monkeyjump.tuner.registry import config_class  # the generated classes derive from this one
 
-            cls = config_class(kwargs.get("base", args[0] if args else "lora"))
+            cls = config_class(kwargs.get("base", "lora"))
         known = {f.name for f in dataclasses.fields(cls)}
         for name in kwargs:
             if name not in known:
@@ -105,16 +105,19 @@ class MonkeyJumpConfig(PeftConfig):
     def __post_init__(self) -> None:
         if self.expert_order == "targets":
             self.expert_order = _target_order(self)
+        if isinstance(self.expert_order, str):
+            raise ValueError(f"expert_order={self.expert_order!r} is out of range: use a list of names, or 'targets'")
         super().__post_init__()
         if self.ema_space is None:
             self.ema_space = "sphere" if self.similarity == "cosine" else "raw"
-        if self.task_experts is not None:  # JSON has no integer keys
-            self.task_experts = {int(task): list(slots) for task, slots in self.task_experts.items()}
+        if self.task_experts is not None:
+            self.task_experts = _task_experts(self.task_experts)
         self._check()
 
     def _check(self) -> None:
         for name, options in CHOICES.items():
             check_choice(name, getattr(self, name), options)
+        _check_layers(self.layers_to_route)
         _check_integer("top_k", self.top_k, least=1)
         if self.num_centers is not None:
             _check_integer("num_centers", self.num_centers, least=1)
@@ -171,6 +174,24 @@ def _target_order(config: MonkeyJumpConfig) -> list[str]:
             "order in expert_order itself"
         )
     return list(targets)
+
+
+def _task_experts(given: Any) -> dict[int, list[str]]:
+    """Task ids as integers again (JSON has no integer keys), each with a list of slots."""
+    try:
+        experts = {int(task): slots for task, slots in given.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"task_experts={given!r} is out of range: map task ids (integers) to lists of slots") from None
+    for task, slots in experts.items():
+        if not isinstance(slots, (list, tuple)) or not all(isinstance(slot, str) for slot in slots):
+            raise ValueError(f"task_experts[{task}]={slots!r} is out of range: use a list of names")
+    return {task: list(slots) for task, slots in experts.items()}
+
+
+def _check_layers(layers: Any) -> None:
+    for layer in [] if layers is None else [layers] if isinstance(layers, int) else layers:
+        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+            raise ValueError(f"layers_to_route={layers!r} is out of range: use block numbers from 0, or None for all")
 
 
 def _check_integer(name: str, value: object, least: int) -> None:

@@ -114,7 +114,7 @@ def test_shared_adapter_acts_in_full_whatever_the_gates(base: str) -> None:
     assert slot not in router.slots["default"]
     router.box.gates = {"default": torch.zeros(2, 7, len(router.slots["default"]))}
     with torch.no_grad():
-        assert torch.equal(layer(x), layer_at(plain, slot)(x))
+        torch.testing.assert_close(layer(x), layer_at(plain, slot)(x), rtol=1e-4, atol=1e-5)
 
 
 @every_method

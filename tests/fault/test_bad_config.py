@@ -11,7 +11,7 @@ from torch import nn
 
 from monkeyjump import CenterUpdate, MonkeyJumpConfig
 from monkeyjump.tuner.model import routers
-from tiny import by_message, llama, routed, tokens
+from tiny import bert, by_message, llama, routed, tokens
 
 
 def says(error: pytest.ExceptionInfo, *words: str) -> None:
@@ -96,7 +96,7 @@ BAD_NAMES: list[tuple[dict[str, Any], list[str]]] = [
         {"target_modules": ["q_proj", "k_proj"], "shared_modules": ["q_proj", "k_proj"]},
         ["no module is routed", "target_modules=", "shared_modules=['k_proj', 'q_proj']", "share fewer"],
     ),
-    ({"target_modules": ["q_proj"], "layers_to_route": [7]}, ["no module is routed", "layers_to_route=[7]"]),
+    ({"target_modules": ["q_proj"], "layers_to_route": [7]}, ["layers_to_route names 7", "are [0, 1]"]),
     ({"target_modules": ["lm_head"]}, ["no module is routed", "lm_head", "inside the model's blocks"]),
     (
         {"target_modules": ["q_proj", "k_proj"], "expert_order": ["k_proj", "qproj"]},
@@ -188,3 +188,32 @@ def test_rank_schedule_of_another_length_is_refused() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r"total_step=10 .* 20 optimizer steps; set total_step=20"):
         CenterUpdate().attach(model, optimizer, total_steps=20)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"granularity": "task", "task_experts": {"nli": ["q_proj"]}}, ["task_experts=", "map task ids (integers)"]),
+        ({"granularity": "task", "task_experts": {0: "q_proj"}}, ["task_experts[0]='q_proj'", "list of names"]),
+        ({"granularity": "task", "task_experts": {0: ["o_proj"]}}, ["task_experts[0]", "only routed modules"]),
+        ({"shared_modules": "o_proj"}, ["shared_modules='o_proj', as a regex", "['o_proj']"]),
+        ({"expert_order": "k_proj"}, ["expert_order='k_proj'", "list of names, or 'targets'"]),
+        ({"layers_to_route": "all"}, ["layers_to_route='all'", "block numbers from 0, or None"]),
+        ({"layers_to_route": [-1]}, ["layers_to_route=[-1]", "block numbers from 0"]),
+        ({"layers_to_route": [0, 99]}, ["layers_to_route names 99", "are [0, 1]"]),
+        ({"base": "propulsion", "degree": "a"}, ["degree='a'", "integer of at least 1"]),
+        ({"base": "propulsion", "target_parameters": ["w"]}, ["target_parameters=['w']", "use target_modules"]),
+    ],
+    ids=str,
+)
+def test_values_of_the_wrong_kind_name_field_value_and_remedy(change: dict, words: list[str]) -> None:
+    with pytest.raises(ValueError) as error:
+        routed(llama(), **change)
+    assert not [word for word in words if word not in str(error.value)], str(error.value)
+
+
+def test_the_callers_config_keeps_its_own_words() -> None:
+    config = MonkeyJumpConfig(center_init="random")
+    get_peft_model(llama(), config)
+    assert config.target_modules is None
+    get_peft_model(bert(), config)  # with defaults of its own

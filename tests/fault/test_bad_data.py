@@ -67,12 +67,47 @@ def test_identical_tokens_are_refused_with_block_and_counts(center_init: str, gr
 
 
 def test_refusal_in_a_later_block_leaves_all_centers_unset() -> None:
-    # block 0 sees bare embeddings, of which two tokens have two; position mixing makes more further up
-    model = fresh()
+    # two slots in block 0, three in block 1, and states of which there are two: block 0 alone could be fitted
+    regex = r".*layers\.0\.self_attn\.[qk]_proj|.*layers\.1\.self_attn\.[qkv]_proj"
+    model = fresh(target_modules=regex, shared_modules=[])
+    for layer in model.get_base_model().model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()  # no mixing of positions: equal tokens stay equal
     two_tokens = [{"input_ids": torch.tensor([[5, 5, 5, 6, 6, 6]])}]
-    with pytest.raises(ValueError, match="distinct"):
+    with pytest.raises(ValueError, match=r"model\.layers\.1.*distinct"):
         initialize_centers(model, two_tokens, progress=False)
     assert untouched(model)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"input_ids": torch.ones(2, 3, dtype=torch.long)}, ["single mapping", "list of batches"]),
+        ({"train": [], "test": []}, ["single mapping of train, test", "one split"]),
+    ],
+)
+def test_a_mapping_is_told_what_is_wanted(data: Any, words: list[str]) -> None:
+    with pytest.raises(ValueError, match=".*".join(words)):
+        initialize_centers(fresh(), data, progress=False)
+
+
+@pytest.mark.parametrize("kind", ["stream", "numpy"])
+def test_streams_of_rows_and_arrays_are_read(kind: str) -> None:
+    ids = tokens(8, 6)
+    data = {"stream": (row for row in rows(ids)), "numpy": [{"input_ids": row.numpy()} for row in ids]}[kind]
+    assert initialize_centers(fresh(), data, progress=False).seen == 48
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "remedy"),
+    [
+        ("max_tokens", "50k", "use an integer of at least 1, or None"),
+        ("max_samples", 0, "use an integer of at least 1, or None"),
+        ("memory_limit", "1.2.3GB", "'4GiB'"),
+    ],
+)
+def test_limits_of_the_wrong_kind_are_refused(argument: str, value: object, remedy: str) -> None:
+    with pytest.raises(ValueError, match=f"{argument}={value!r}.*{remedy}"):
+        initialize_centers(fresh(), rows(tokens()), progress=False, **{argument: value})
 
 
 def test_states_that_are_not_finite_never_become_centers() -> None:

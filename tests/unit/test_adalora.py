@@ -36,13 +36,11 @@ def test_the_penalty_equals_pefts() -> None:
     mine = routed(llama(), base="adalora", shared_modules=[], **typed).train()
     plain = get_peft_model(llama(), AdaLoraConfig(**typed)).train()
     for name, value in trainable(mine).items():
+        if "lora_E" in name:
+            value.data.zero_()  # then neither adapter adds anything, and the losses differ by the penalty alone
         plain.get_parameter(name).data.copy_(value)
     ids = tokens()
-    with (
-        mine.disable_adapter(),
-        plain.disable_adapter(),
-    ):  # what is left are the base model's loss and the penalty
-        ours, theirs = mine(ids, labels=ids).loss, plain(ids, labels=ids).loss
+    ours, theirs = mine(ids, labels=ids).loss, plain(ids, labels=ids).loss
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(ours - llama()(ids, labels=ids).loss, 0.5 * orthogonality_penalty(mine, "default"))
 
@@ -52,20 +50,28 @@ def test_the_penalty_is_shared_out_over_an_accumulated_step(task_type: str | Non
     """PEFT adds all of it to every micro-batch; ours adds up to it once per step."""
     model, _, _ = model_and_update(task_type=task_type)
     parts = [tokens(2, 5, seed=1), tokens(2, 9, seed=2)]
-    supervised = torch.tensor(sum(p[:, 1:].numel() for p in parts))
+    told = {"num_items_in_batch": torch.tensor(sum(p[:, 1:].numel() for p in parts))}
     penalty = 0.5 * orthogonality_penalty(model, "default").item()
-    with model.disable_adapter():
-        told = {"num_items_in_batch": supervised}
-        added = [model(p, labels=p, **told).loss - llama()(p, labels=p, **told).loss for p in parts]
-    assert sum(added).item() == pytest.approx(penalty, rel=1e-4)
+    with_it = sum(model(p, labels=p, **told).loss for p in parts)
+    without = sum(model.eval()(p, labels=p, **told).loss for p in parts)
+    assert (with_it - without).item() == pytest.approx(penalty, rel=1e-4)
 
 
-def test_evaluation_losses_carry_no_penalty() -> None:
+@pytest.mark.parametrize("training", [True, False])
+def test_losses_without_the_adapter_carry_no_penalty(training: bool) -> None:
+    """A reference pass of DPO or of a KL term disables the adapter and may train."""
     model, _, _ = model_and_update()
-    model.eval()
+    model.train(training)
     ids = tokens()
     with model.disable_adapter():
         assert torch.equal(model(ids, labels=ids).loss, llama()(ids, labels=ids).loss)
+
+
+def test_training_without_the_rank_schedule_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = routed(llama(), base="adalora", target_modules=["q_proj"], **RANKS).train()
+    for _ in range(2):
+        model(tokens(), labels=tokens())
+    assert sum("without its rank schedule" in r.getMessage() for r in caplog.records) == 1
 
 
 def test_the_rank_schedule_prunes_to_its_target() -> None:

@@ -139,3 +139,65 @@ def test_a_finished_run_leaves_no_training_state_in_the_file(tmp_path: Path) -> 
 def test_presets_have_a_schedule(preset: str) -> None:
     update = CenterUpdate.from_preset(preset)
     assert {"every": update.every, "until": update.until} == PRESETS[preset].center_update
+
+
+def test_a_step_that_a_scaler_skipped_leaves_nothing_in_a_plain_loop() -> None:
+    model = routed(llama()).train()
+    optimizer = torch.optim.SGD(trainable(model).values(), lr=0.1)
+    update = CenterUpdate(every=1, until=10).attach(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    before = centers_of(model)
+    scaler.scale(model(tokens(), labels=tokens()).loss * float("inf")).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    assert update.completed == 0
+    assert not any(r.pending or r.gathered for r in routers(model))
+    assert torch.equal(before, centers_of(model))
+
+
+def test_another_schedule_takes_over(caplog: pytest.LogCaptureFixture) -> None:
+    model = routed(llama()).train()
+    optimizer = torch.optim.SGD(trainable(model).values(), lr=0.1)
+    first = CenterUpdate(every=1, until=10).attach(model, optimizer)
+    second = CenterUpdate(every=1, until=10).attach(model, optimizer)
+    model(tokens(), labels=tokens()).loss.backward()
+    optimizer.step()
+    assert (first.completed, second.completed) == (0, 1)
+    assert any("takes over" in r.getMessage() for r in caplog.records)
+    second.attach(model, optimizer)  # again, for another run
+    optimizer.step()
+    assert second.completed == 1
+    second.detach()
+    optimizer.step()
+    assert second.completed == 1
+    assert "zero_grad" not in vars(optimizer)
+
+
+def test_an_adapter_switched_on_later_gathers_as_well() -> None:
+    model = routed(llama()).train()
+    model.add_adapter("second", model.peft_config["default"])
+    CenterUpdate(every=1, until=10).attach(model, torch.optim.SGD(trainable(model).values(), lr=0.1))
+    model.set_adapter("second")
+    model(tokens(), labels=tokens())
+    assert all(set(r.pending) == {"second"} for r in routers(model))
+
+
+def test_a_schedule_that_never_moves_a_center_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = routed(llama())
+    CenterUpdate(every=10, until=5).attach(model, torch.optim.SGD(trainable(model).values(), lr=0.1))
+    assert any("never moves a center" in r.getMessage() for r in caplog.records)
+
+
+def test_a_copy_made_in_training_is_in_nobodys_training(tmp_path: Path) -> None:
+    import copy
+
+    from safetensors.torch import load_file
+
+    model = routed(llama()).train()
+    CenterUpdate(every=5, until=10).attach(model, torch.optim.SGD(trainable(model).values(), lr=0.1))
+    model(tokens(), labels=tokens())
+    twin = copy.deepcopy(model)
+    twin.save_pretrained(tmp_path)
+    assert not any("training_state" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    assert all(r.pending for r in routers(model))

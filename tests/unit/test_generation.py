@@ -91,3 +91,27 @@ def test_task_ids_route_forward_and_generate(task_type: str | None) -> None:
     assert told.shape == (2, 13)
     if task_type is not None:
         assert torch.equal(told, model.generate(input_ids=ids, task_ids=one, num_beams=2, **GREEDY))
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+@pytest.mark.parametrize("granularity", SEQUENCE)
+def test_generating_without_a_cache_keeps_the_prompts_decision_too(granularity: str, task_type: str | None) -> None:
+    for seed in range(4):
+        model = routed(llama(), seed=seed, granularity=granularity, task_type=task_type, temperature=0.1).eval()
+        ids = tokens(2, 6, seed=seed)
+        mask = torch.ones_like(ids)
+        mask[0, :2] = 0
+        given = {"input_ids": ids, "attention_mask": mask, **GREEDY}
+        assert torch.equal(model.generate(**given), model.generate(**given, use_cache=False))
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_an_emptied_cache_decides_anew(length: int) -> None:
+    from transformers import StaticCache
+
+    model = routed(llama(), granularity="last", temperature=0.1).eval()
+    cache = StaticCache(config=model.get_base_model().config, max_cache_len=16)
+    model(tokens(1, 4), past_key_values=cache)
+    cache.reset()
+    ids = tokens(1, length, seed=9)
+    torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids, use_cache=False).logits)

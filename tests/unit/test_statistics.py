@@ -147,3 +147,22 @@ def test_fewer_centers_are_shared_by_slot_number() -> None:
     logits = states @ torch.nn.functional.normalize(router.centers["default"], dim=-1).T
     first_wins = logits[..., 0] > logits[..., 1]
     assert torch.equal(chosen[..., 0] & chosen[..., 2], first_wins)
+
+
+@pytest.mark.parametrize("granularity", ["last", "mean", "max"])
+def test_a_row_without_attended_tokens_counts_for_nothing(granularity: str) -> None:
+    model = routed(llama(), granularity=granularity, top_k=1).train()
+    CenterUpdate(every=1, until=5).attach(model, torch.optim.SGD(trainable(model).values(), lr=0.1))
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[1] = 0
+    model(tokens(2, 6), attention_mask=mask)
+    assert all(r.pending["default"].counts.sum() == 1 for r in routers(model))
+
+
+def test_prompt_end_in_training_never_guesses_the_prompt() -> None:
+    model = routed(llama(), granularity="prompt_end").train()
+    with pytest.raises(ValueError, match=r"no labels in training.*label_smoothing_factor.*mj_prompt_lengths"):
+        model(tokens())
+    model(tokens(), mj_prompt_lengths=torch.tensor([3, 4]))
+    with torch.no_grad():
+        model(tokens())

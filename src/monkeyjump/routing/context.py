@@ -7,10 +7,10 @@ model and on the model that directly holds the blocks push a `Frame`; the blocks
 
 from __future__ import annotations
 
-import functools
 import inspect
+import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from monkeyjump.routing.pooling import Granularity, end_of_length, prompt_end
 
+logger = logging.getLogger("monkeyjump")
 OURS = {"mj_prompt_lengths": "prompt_lengths", "task_ids": "task_ids", "mj_task_ids": "task_ids"}
 CACHE_KEYWORDS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
@@ -37,6 +38,8 @@ class Frame:
         position_ids: `[B, T]`, where the caller gave them.
         packed: whether the caller passed sequence boundaries of a padding-free batch.
         offset: tokens already in the cache.
+        prompt_columns: how many columns of the batch are prompt, while generating.
+        has_decoder_labels: whether labels, if there are any, are for another sequence than the block's.
     """
 
     mask: Any = None
@@ -47,12 +50,9 @@ class Frame:
     position_ids: Tensor | None = None
     packed: bool = False
     offset: int = 0
+    prompt_columns: int | None = None
+    has_decoder_labels: bool = False
     prompt_end: Tensor | None = None  # from the labels, computed once for all blocks
-
-
-@functools.lru_cache(maxsize=256)
-def _signature(forward: Callable) -> inspect.Signature:
-    return inspect.signature(forward)
 
 
 class ForwardContext:
@@ -62,6 +62,13 @@ class ForwardContext:
         self.frames: list[Frame] = []
         self.sequence_modes = False  # whether any router decides per sequence
         self.warned: set[str] = set()
+        self.parameters: dict[type, tuple[str, ...]] = {}  # of the watched models' forwards, in order
+
+    def watch(self, module: nn.Module) -> None:
+        """Put the two hooks on a model. Its signature is read here, once: torch.compile traces the hooks."""
+        self.parameters[type(module)] = tuple(inspect.signature(module.forward).parameters)
+        module.register_forward_pre_hook(self.enter, with_kwargs=True)
+        module.register_forward_hook(self.leave, with_kwargs=True, always_call=True)
 
     def __getstate__(self) -> dict:
         # for pickle and deepcopy: frames hold activations, and a copy is inside nobody's forward pass
@@ -72,14 +79,16 @@ class ForwardContext:
     def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Forward pre-hook: note what this call was given, and take off what is only for us."""
         self.frames.append(frame := Frame())  # first, so that `leave` always has something to pop
-        signature = _signature(type(module).forward)
-        for name in [n for n in OURS if n in kwargs and n not in signature.parameters]:
-            setattr(frame, OURS[name], kwargs.pop(name))
-        given = _by_name(signature, module, args, kwargs)
+        parameters = self.parameters[type(module)]
+        for name, attribute in OURS.items():
+            if name in kwargs and name not in parameters:
+                setattr(frame, attribute, kwargs.pop(name))
+        given = {**dict(zip(parameters, args)), **kwargs}
         frame.mask = given.get("attention_mask")
         frame.position_ids = given.get("position_ids")
         frame.packed = given.get("cu_seq_lens_q") is not None
-        if not _is_encoder_decoder(module):
+        frame.has_decoder_labels = _is_encoder_decoder(module)
+        if not frame.has_decoder_labels:
             frame.labels = given.get("labels")
         cache = next((given[name] for name in CACHE_KEYWORDS if given.get(name) is not None), None)
         if cache is not None and (self.sequence_modes or _is_square(frame.mask)):
@@ -105,6 +114,11 @@ class ForwardContext:
             self.warned.add(key)
             warnings.warn(message, stacklevel=2)
 
+    def log_once(self, key: str, message: str) -> None:
+        if key not in self.warned:
+            self.warned.add(key)
+            logger.warning(message)
+
     # ------------------------------------------------------------------ questions
 
     def first(self, name: str) -> Any:
@@ -121,14 +135,29 @@ class ForwardContext:
         mask = as_attended(frame.mask, batch, length, frame.offset)
         return None if mask is None else mask.to(device)
 
-    def prompt_end(self, granularity: Granularity, batch: int, length: int, attended: Tensor | None) -> Tensor | None:
-        """Index of the prompt's last token, long `[B]`; None means the last attended token."""
+    def prompt_end(
+        self, granularity: Granularity, batch: int, length: int, attended: Tensor | None, learning: bool
+    ) -> Tensor | None:
+        """Index of the prompt's last token, long `[B]`; None means the last attended token.
+
+        Args:
+            learning: whether this is a training forward, in which the prompt must not be guessed.
+
+        Raises:
+            ValueError: nothing says where the prompts of a training batch end, or what says so does not fit.
+        """
         if granularity != "prompt_end" or not self.frames:
             return None
         lengths = self.first("prompt_lengths")
         if lengths is not None:
             return end_of_length(lengths, attended, batch, length)
         frame = next((f for f in reversed(self.frames) if f.labels is not None), None)
+        if frame is None and learning and not any(f.has_decoder_labels for f in self.frames):
+            raise ValueError(
+                "granularity='prompt_end' found no labels in training, so the end of the prompts is unknown; keep "
+                "them in the batch (label_smoothing_factor and compute_loss_func take them out), or pass "
+                "mj_prompt_lengths"
+            )
         if frame is None or frame.labels is None or frame.labels.shape != (batch, length):
             return None
         if frame.prompt_end is None:
@@ -176,15 +205,6 @@ def as_attended(mask: Any, batch: int, length: int, offset: int) -> Tensor | Non
             f"{length} tokens: pass one mask value per token"
         )
     return mask[:, -length:].bool()
-
-
-def _by_name(signature: inspect.Signature, module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """The call's arguments by parameter name, those of `**kwargs` included."""
-    given = dict(signature.bind_partial(module, *args, **kwargs).arguments)
-    for parameter in signature.parameters.values():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            given.update(given.pop(parameter.name, {}))
-    return given
 
 
 def _is_square(mask: Any) -> bool:

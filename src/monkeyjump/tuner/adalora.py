@@ -20,7 +20,7 @@ from peft.tuners.adalora import AdaLoraLayer
 from torch import Tensor, nn
 
 from monkeyjump.routing.pooling import IGNORED_LABEL
-from monkeyjump.tuner.model import RoutedTuner
+from monkeyjump.tuner.model import RoutedTuner, routers
 from monkeyjump.tuner.state import TrainingState, key_of, split_training_state
 
 ALLOCATOR = "rank_allocator"
@@ -29,8 +29,6 @@ AVERAGES = ("exp_avg_ipt", "exp_avg_unc")  # what RankAllocator carries from ste
 
 class RoutedAdaLora(RoutedTuner):
     """Mixin before `AdaLoraModel`."""
-
-    takes_mixed_batches = False  # it inherits LoRA's hooks, but its layers know no adapter_names
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, which would warn of the rank pattern that its own allocator wrote."""
@@ -83,9 +81,21 @@ class OrthogonalityPenalty:
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], outputs: Any) -> None:
         loss = getattr(outputs, "loss", None)
-        if model.training and isinstance(loss, Tensor):
+        if model.training and isinstance(loss, Tensor) and self._acts(model):
             share = self.weight * _share_of_step(model, kwargs)
             outputs.loss = loss + share * orthogonality_penalty(model, self.adapter)
+
+    def _acts(self, model: nn.Module) -> bool:
+        """Whether the adapter is on; says once if it trains without its rank schedule."""
+        layer = next(m for m in model.modules() if isinstance(m, AdaLoraLayer))
+        if layer.disable_adapters or self.adapter not in layer.active_adapters:
+            return False
+        router = routers(model)[0]
+        if router.schedule is None:
+            router.context.log_once(
+                "ranks", "AdaLoRA trains without its rank schedule; pass a CenterUpdate to Trainer, or attach one"
+            )
+        return True
 
 
 def _freeze_ranknum(model: nn.Module, adapter: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -23,12 +24,23 @@ def batches_of(data: Any, tokenizer: Any, batch_size: int, seed: int) -> Iterato
     Raises:
         ValueError: texts without a tokenizer, rows without `input_ids`, or no data at all.
     """
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping):
+    if isinstance(data, Mapping):
+        raise ValueError(
+            f"data is a single mapping of {', '.join(map(str, data))}; pass a list of batches, a loader, or one split "
+            "of a data set"
+        )
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         if len(data) == 0:
             raise ValueError("data is empty; pass at least one batch, row or text")
-        if not _is_batch(data[0]):
-            return _batches_of_rows(data, tokenizer, batch_size, seed)
-    return iter(data)
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+        items: Iterator[Any] = (data[i] for i in (range(len(data)) if _is_batch(data[0]) else order))
+    else:
+        items = iter(data)
+    first = next(items, None)
+    if first is None:
+        return iter(())
+    items = chain([first], items)
+    return items if _is_batch(first) else _batches_of_rows(items, tokenizer, batch_size)
 
 
 def _is_batch(item: Any) -> bool:
@@ -36,15 +48,13 @@ def _is_batch(item: Any) -> bool:
     return torch.is_tensor(first) and first.dim() == 2
 
 
-def _batches_of_rows(data: Any, tokenizer: Any, batch_size: int, seed: int) -> Iterator[Mapping[str, Any]]:
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
-    for start in range(0, len(order), batch_size):
-        rows = [data[i] for i in order[start : start + batch_size]]
-        if isinstance(rows[0], str):
+def _batches_of_rows(rows: Iterator[Any], tokenizer: Any, batch_size: int) -> Iterator[Mapping[str, Any]]:
+    while batch := list(islice(rows, batch_size)):
+        if isinstance(batch[0], str):
             if tokenizer is None:
                 raise ValueError("data is a list of texts: pass the model's tokenizer=, too")
-            rows = [dict(tokenizer(row, truncation=True)) for row in rows]
-        yield _collate(rows)
+            batch = [dict(tokenizer(row, truncation=True)) for row in batch]
+        yield _collate(batch)
 
 
 def _collate(rows: list[Any]) -> dict[str, Tensor]:
@@ -55,7 +65,7 @@ def _collate(rows: list[Any]) -> dict[str, Tensor]:
     rows = [{**row, "attention_mask": row.get("attention_mask", [1] * len(row["input_ids"]))} for row in rows]
     batch = {}
     for name, value in rows[0].items():
-        if isinstance(value, str) or not _is_numeric(value):
+        if not _is_numeric(value):
             continue
         tensors = [torch.as_tensor(row[name]) for row in rows]
         if tensors[0].dim() == 0:
@@ -69,9 +79,10 @@ def _collate(rows: list[Any]) -> dict[str, Tensor]:
 
 
 def _is_numeric(value: Any) -> bool:
-    if torch.is_tensor(value) or isinstance(value, (int, float)):
-        return True
-    return isinstance(value, Iterable) and all(isinstance(v, (int, float, list)) for v in value)
+    """Numbers, nested lists of numbers, tensors and arrays; texts and the like stay behind."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_numeric, value))
+    return torch.is_tensor(value) or hasattr(value, "__array__") or isinstance(value, (int, float))
 
 
 def forward_inputs(model: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -47,12 +47,8 @@ def routed_class(original: Any) -> Any:
     def forward(self: Any, *args: Any, mj_gates: dict[str, Tensor] | None = None, **kwargs: Any) -> Any:
         if mj_gates is None:  # `forward` was called directly
             mj_gates = self.jump_router.route(_hidden(args, kwargs), kwargs)
-        box = self.jump_router.box
-        outer, box.gates = box.gates, mj_gates
-        try:
+        with self.jump_router.box.showing(mj_gates):
             return original.forward(self, *args, **kwargs)
-        finally:
-            box.gates = outer
 
     names = {
         "routed_class_of": original,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from monkeyjump.suggest import check_choice
 from monkeyjump.tuner.model import routers
 from monkeyjump.tuner.router import Router
 from monkeyjump.tuner.state import split_training_state, training_state
+
+logger = logging.getLogger("monkeyjump")
 
 
 class CenterUpdate(TrainerCallback):
@@ -48,6 +52,7 @@ class CenterUpdate(TrainerCallback):
         self.every, self.until = every, until
         self.completed = 0
         self.last: int | None = until if steps else None  # type: ignore[assignment]
+        self._undo: list[Callable[[], Any]] = []
         self._routers: list[Router] = []
         self._adalora: AdaLoraModel | None = None
 
@@ -69,8 +74,24 @@ class CenterUpdate(TrainerCallback):
             completed: steps that a resumed run has behind it; 0 starts anew.
         """
         self._begin(model, total_steps, completed)
-        getattr(optimizer, "optimizer", optimizer).register_step_post_hook(self._after_step)
+        inner = getattr(optimizer, "optimizer", optimizer)
+        self._undo = [inner.register_step_post_hook(self._after_step).remove, self._watch_zero_grad(inner)]
         return self
+
+    def detach(self) -> None:
+        """Stop, and take the hooks off the optimizer."""
+        self._stop()
+
+    def _watch_zero_grad(self, optimizer: Any) -> Callable[[], None]:
+        """A gradient that is cleared without a step took its statistics with it: a scaler skipped the step."""
+        original = optimizer.zero_grad
+
+        def zero_grad(*args: Any, **kwargs: Any) -> None:
+            self.skip()
+            original(*args, **kwargs)
+
+        optimizer.zero_grad = zero_grad
+        return lambda: optimizer.__dict__.pop("zero_grad", None)
 
     def _after_step(self, optimizer: Any, args: tuple, kwargs: dict) -> None:
         self._allocate_ranks(self.completed + 1)
@@ -87,7 +108,7 @@ class CenterUpdate(TrainerCallback):
                 if due:
                     _move(router, adapter)
         if self.last is not None and self.completed >= self.last:
-            self._stop()
+            self._freeze()
 
     def skip(self) -> None:
         """The optimizer refused a step: forget what was gathered for it."""
@@ -110,7 +131,7 @@ class CenterUpdate(TrainerCallback):
             for router in self._routers:
                 split_training_state(mine)[1].restore(router, adapter)
         if self.last is not None and self.completed >= self.last:
-            self._stop()
+            self._freeze()
 
     def _adapters(self) -> list[str]:
         return sorted({adapter for router in self._routers for adapter in router.centers})
@@ -118,6 +139,12 @@ class CenterUpdate(TrainerCallback):
     # ------------------------------------------------------------------ Trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        modes = {config.granularity for router in routers(model) for config in router.configs.values()}
+        if args.remove_unused_columns and "task" in modes:
+            raise ValueError(
+                "remove_unused_columns=True takes task_ids out of the batches, which granularity='task' needs; set "
+                "remove_unused_columns=False"
+            )
         # global_step counts skipped steps as well; where updates still go on, the file has our own count
         saved = [r.steps[a] for r in routers(model) for a in r.active_adapters if a in r.steps]
         completed = saved[0] if saved and state.global_step else state.global_step
@@ -139,7 +166,7 @@ class CenterUpdate(TrainerCallback):
     # ------------------------------------------------------------------ inside
 
     def _begin(self, model: nn.Module, total_steps: int | None, completed: int) -> None:
-        self._routers = routers(model)
+        self._claim(routers(model))
         self._adalora = next((m for m in model.modules() if isinstance(m, AdaLoraModel)), None)
         if isinstance(self.until, float):
             if total_steps is None:
@@ -151,14 +178,35 @@ class CenterUpdate(TrainerCallback):
             router.pending.clear()
             if not completed:
                 router.gathered.clear()
-            for adapter in [a for a in router.active_adapters if a in router.centers]:
+            for adapter in [a for a in router.centers if not router.configs[a].inference_mode]:
                 router.gathering[adapter] = self.last is None or completed < self.last
+        if self.last is not None and 0 < self.last < self.every:
+            logger.warning("CenterUpdate(every=%d, until=%s) never moves a center", self.every, self.until)
 
-    def _stop(self) -> None:
-        """Freeze the centers and leave no training state behind."""
+    def _claim(self, found: list[Router]) -> None:
+        """Take the centers over; two schedules on them would count every step twice."""
+        for former in {id(r.schedule): r.schedule for r in found if r.schedule not in (None, self)}.values():
+            logger.warning("this CenterUpdate takes over from another one that was still at work")
+            former.detach()
+        self._stop()
+        self._routers = found
+        for router in found:
+            router.schedule = self
+
+    def _freeze(self) -> None:
+        """Let the centers be; what was gathered for them is of no more use."""
         for router in self._routers:
             for kept in (router.gathering, router.pending, router.gathered, router.steps):
                 kept.clear()
+
+    def _stop(self) -> None:
+        """Leave nothing of this run behind."""
+        self._freeze()
+        for undo in self._undo:
+            undo()
+        for router in self._routers:
+            router.schedule = None
+        self._undo, self._routers = [], []
 
     def _check_total_step(self, total_steps: int | None) -> None:
         if self._adalora is None or total_steps is None:

@@ -9,6 +9,8 @@ caught on its way.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,15 +20,41 @@ from torch import Tensor, nn
 
 from monkeyjump.tuner.methods import ADDS_IN_PLACE, BYPASSES_BASE
 
+CANNOT_MERGE = (
+    "routed adapters cannot be merged: which of them act differs from token to token, so no single weight "
+    "matrix equals them; keep the adapter, or use unload() to take it off"
+)
+
 
 class GateBox:
     """Where a block leaves its gates for the layers inside it while its forward runs."""
 
     def __init__(self) -> None:
         self.gates: dict[str, Tensor] | None = None
+        self._drawn: tuple[Tensor, int] | None = None
 
     def __getstate__(self) -> dict:
-        return {"gates": None}  # activations: not for pickle or deepcopy
+        return {"gates": None, "_drawn": None}  # activations: not for pickle or deepcopy
+
+    @contextmanager
+    def showing(self, gates: dict[str, Tensor] | None) -> Iterator[None]:
+        """Show `gates` to the layers while the block's forward runs."""
+        outer, self.gates = self.gates, gates
+        try:
+            yield
+        finally:
+            self.gates, self._drawn = outer, None
+
+    def dropout_seed(self, x: Tensor) -> int:
+        """What the dropout mask of `x` is drawn from: layers that read the same `x` share one mask."""
+        if self._drawn is None or self._drawn[0] is not x:
+            self._drawn = (x, draw_seed())
+        return self._drawn[1]
+
+
+def draw_seed() -> int:
+    """A seed from the global CPU generator, which checkpointing and Trainer's resume restore."""
+    return int(torch.randint(2**62, ()))
 
 
 class Gate:
@@ -108,6 +136,14 @@ class RoutedLora(LoraVariant):
         pass
 
     @staticmethod
+    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        raise ValueError(CANNOT_MERGE)
+
+    @staticmethod
+    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+        raise ValueError(CANNOT_MERGE)
+
+    @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         m = module.jump_gates[active_adapter](x) * module.scaling[active_adapter]
@@ -136,12 +172,14 @@ class ResidualGate:
 
     def apply(self, layer: Any, args: tuple, kwargs: dict, adapted: Tensor) -> Tensor | None:
         kept, self.kept = self.kept, None
-        if layer.disable_adapters or layer.merged:
+        if layer.disable_adapters:
             return None
         names = kwargs.get("adapter_names")
         m = _residual_gate(layer, args[0], names)
         if m is None:
             return None
+        if layer.merged:
+            raise ValueError(CANNOT_MERGE)
         x = args[0]
         if kept is not None and kept[0] is x and names is None:
             base = kept[1]
@@ -152,25 +190,34 @@ class ResidualGate:
 
 
 def _residual_gate(layer: Any, x: Tensor, adapter_names: list[str] | None) -> Tensor | None:
-    """The gate of everything that a layer's adapters add to `x`; None where nothing is gated.
+    """The gate of everything that a layer's adapters add to `x`; None where no residual is gated.
 
     Args:
         adapter_names: one adapter per row, in a mixed batch.
+
+    Raises:
+        ValueError: a gated adapter acts beside another one, and the method does not tell apart what each adds.
     """
     if adapter_names is None:
-        gated = [a for a in layer.active_adapters if gate_of(layer, a) is not None]
-        if len(gated) > 1:
+        acting = [a for a in layer.active_adapters if a in layer._all_available_adapter_names()]
+        gated = [a for a in acting if _gates_residual(layer, a)]
+        if gated and len(acting) > 1:
             raise ValueError(
-                f"adapters {gated} are active at once in a layer of {type(layer).__name__}, whose method does not "
+                f"adapters {acting} are active at once in a layer of {type(layer).__name__}, whose method does not "
                 "tell apart what each of them adds; activate one, or use base='lora'"
             )
         return layer.jump_gates[gated[0]](x) if gated else None
     m = torch.ones(*x.shape[:-1], 1, device=x.device)
     for adapter in set(adapter_names):
-        rows = [i for i, name in enumerate(adapter_names) if name == adapter]
-        if (gate := gate_of(layer, adapter)) is not None:
-            m[rows] = gate(x[rows])
+        if _gates_residual(layer, adapter):
+            rows = [i for i, name in enumerate(adapter_names) if name == adapter]
+            m[rows] = layer.jump_gates[adapter](x[rows])
     return m
+
+
+def _gates_residual(layer: Any, adapter: str) -> bool:
+    low_rank = isinstance(getattr(layer, "lora_variant", {}).get(adapter), RoutedLora)
+    return gate_of(layer, adapter) is not None and not low_rank
 
 
 def _is_plain_lora(layer: BaseTunerLayer, adapter: str) -> bool:

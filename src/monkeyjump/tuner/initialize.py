@@ -92,8 +92,8 @@ def initialize_centers(
         }
         raise ValueError(f"no active adapter needs data for its centers (center_init: {', '.join(sorted(starts))})")
     for name, value in (("max_tokens", max_tokens), ("max_samples", max_samples)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} is out of range: use at least 1, or None")
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}={value!r} is out of range: use an integer of at least 1, or None")
     collector = _Collector(waiting, max_tokens, max_samples, _bytes(memory_limit), seed)
     unit = "token" if max_tokens else "row"
     bar = tqdm(total=max_tokens or max_samples, desc="centers: states", unit=unit, disable=not progress)
@@ -169,7 +169,7 @@ class _Collector:
 def _fit(collector: _Collector, iterations: int, restarts: int, seed: int, progress: bool) -> Initialization:
     if collector.seen == 0:
         raise ValueError("data gave no attended token; pass rows with input_ids, or texts with tokenizer=")
-    seen, inertia = collector.seen, {}
+    seen, inertia, fitted = collector.seen, {}, []
     for number, (router, adapter) in enumerate(tqdm(collector.waiting, desc="centers: k-means", disable=not progress)):
         config = router.configs[adapter]
         states = collector.reservoirs.pop((router.name, adapter)).states()  # freed block by block
@@ -187,6 +187,8 @@ def _fit(collector: _Collector, iterations: int, restarts: int, seed: int, progr
                 name=router.name,
             )
             centers, inertia[router.name] = result.centers, result.inertia
+        fitted.append(centers)
+    for (router, adapter), centers in zip(collector.waiting, fitted):  # all of them or none
         router.set_centers(adapter, centers)
     return Initialization(seen, min(seen, collector.kept), inertia)
 
@@ -227,7 +229,7 @@ def frozen_backbone(model: nn.Module) -> Iterator[None]:
 
 def _bytes(limit: int | str) -> int:
     """A number of bytes from `4_000_000_000`, `"4GB"` or `"512 MB"`."""
-    found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)B?\s*", str(limit).upper())
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?)B?|B?)\s*", str(limit).upper())
     if found is None:
-        raise ValueError(f"memory_limit={limit!r} is no size; write a number of bytes, or such as '4GB'")
-    return int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " "))
+        raise ValueError(f"memory_limit={limit!r} is no size; write a number of bytes, or such as '4GB' or '4GiB'")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " "))

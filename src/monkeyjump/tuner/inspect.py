@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from monkeyjump.tuner.block import ROUTER
 from monkeyjump.tuner.model import routers
 from monkeyjump.tuner.router import Router
-from monkeyjump.tuner.targets import BlockPlan
+from monkeyjump.tuner.targets import BlockPlan, block_index
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def describe_routing(model: nn.Module, adapter: str = "") -> RoutingPlan:
         slots = [n for n, m in block.named_modules() if _is_adapted(m, adapter)]
         inside.update(path + slot for slot in slots)
         routed = router.slots[adapter]
-        index = next((int(p) for p in reversed(router.name.split(".")) if p.isdigit()), 0)
+        index = block_index(router.name)
         blocks.append(BlockPlan(router.name, index, routed, tuple(s for s in slots if s not in routed)))
     adapted = [n for n, m in model.named_modules() if _is_adapted(m, adapter)]
     counts = {True: 0, False: 0}
@@ -83,7 +83,7 @@ def _is_adapted(module: nn.Module, adapter: str) -> bool:
 
 @dataclass
 class RoutingRecord:
-    """Counts of routing decisions.
+    """Counts of one adapter's routing decisions.
 
     Attributes:
         slots: routed modules of each block.
@@ -92,11 +92,14 @@ class RoutingRecord:
         tokens: tokens that each block routed.
     """
 
+    adapter: str
     slots: dict[str, tuple[str, ...]] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
 
     def __call__(self, router: Router, adapter: str, states: Tensor, chosen: Tensor, attended: Tensor | None) -> None:
+        if adapter != self.adapter:
+            return
         rows = chosen.flatten(0, 1) if attended is None else chosen[attended]
         empty = torch.zeros(chosen.shape[-1], dtype=torch.float64)
         self.slots[router.name] = router.slots[adapter]
@@ -105,10 +108,14 @@ class RoutingRecord:
 
 
 @contextmanager
-def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
-    """Context: count where the tokens of every forward inside go."""
-    record = RoutingRecord()
+def record_routing(model: nn.Module, adapter: str = "") -> Iterator[RoutingRecord]:
+    """Context: count where the tokens of every forward inside go.
+
+    Args:
+        adapter: whose decisions; empty: the active adapter's.
+    """
     found = routers(model)
+    record = RoutingRecord(adapter or found[0].active_adapters[0])
     for router in found:
         router.observers.append(record)
     try:

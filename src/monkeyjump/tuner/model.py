@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,18 +21,13 @@ from monkeyjump.config import MonkeyJumpConfig
 from monkeyjump.routing.context import ForwardContext
 from monkeyjump.tuner.block import ROUTER, RoutedBlock, install_router, remove_router
 from monkeyjump.tuner.folder import check_fingerprint, check_keys, fingerprint
-from monkeyjump.tuner.gates import Gate, install_gate, remove_gates
+from monkeyjump.tuner.fused import fuse
+from monkeyjump.tuner.gates import CANNOT_MERGE, Gate, install_gate, remove_gates
 from monkeyjump.tuner.router import Router
 from monkeyjump.tuner.state import split_training_state, training_state
 from monkeyjump.tuner.targets import BlockPlan, check_targets, default_targets, plan_blocks
 
 logger = logging.getLogger("monkeyjump")
-
-CANNOT_MERGE = (
-    "routed adapters cannot be merged: which of them act differs from token to token, so no single weight "
-    "matrix equals them; keep the adapter, or use unload() to take it off"
-)
-
 
 _Tuner: Any = BaseTuner if TYPE_CHECKING else object  # always mixed into a tuner class
 
@@ -43,7 +39,7 @@ class RoutedTuner(_Tuner):
     router and each routed layer its gate.
     """
 
-    takes_mixed_batches = True
+    takes_mixed_batches: bool  # whether PEFT's own tuner takes adapter_names
     model: Any
     peft_config: dict[str, PeftConfig]
 
@@ -70,6 +66,8 @@ class RoutedTuner(_Tuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, then route what was injected."""
+        # what is filled in here (default targets, say) must not show up in the caller's config
+        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
         assert isinstance(config, MonkeyJumpConfig)
@@ -80,6 +78,8 @@ class RoutedTuner(_Tuner):
             and not isinstance(layer, Router)
             and adapter_name in layer._all_available_adapter_names()
         }
+        for layer in layers.values():
+            fuse(layer)
         for plan in plan_blocks(model, config, layers):
             self._route_block(model, adapter_name, config, plan, layers)
         _report(model, adapter_name, config)
@@ -101,28 +101,24 @@ class RoutedTuner(_Tuner):
             install_router(block, Router(plan.name, dim, context, list(self.active_adapters)))
         router: Router = getattr(block, ROUTER)
         router.add(adapter, config, plan.routed, _device_of(inside[0]))
+        for slot in (*plan.routed, *plan.shared):
+            layers[f"{plan.name}.{slot}"].__dict__["jump_box"] = router.box
         for number, layer in enumerate(inside):
             gate = Gate(router.box, adapter, number, f"{plan.name}.{plan.routed[number]}")
             install_gate(layer, adapter, gate, config.base.upper())
 
     # ------------------------------------------------------------------ forward
 
-    def generate(self, *args: Any, task_ids: Tensor | None = None, mj_prompt_lengths: Tensor | None = None, **kw: Any):
-        """As the model's, which would refuse our two keywords."""
-        with routing_inputs(self.model, task_ids=task_ids, prompt_lengths=mj_prompt_lengths):
-            return self.model.generate(*args, **kw)
-
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """PEFT's mixed batches: row i takes adapter `adapter_names[i]`, and is routed by it."""
         names = kwargs.get("adapter_names")
-        hooks = getattr(super(), "_enable_peft_forward_hooks", None)
-        if names is not None and (hooks is None or not self.takes_mixed_batches):
+        if names is not None and not self.takes_mixed_batches:
             raise ValueError(f"adapter_names={names!r}: this method takes one adapter per batch; use set_adapter")
-        with (
-            nullcontext() if hooks is None else hooks(*args, **kwargs),
-            routing_inputs(self.model, adapter_names=names),
-        ):
+        if names is None:  # nothing to do, and nothing for torch.compile to trace
+            yield
+            return
+        with super()._enable_peft_forward_hooks(*args, **kwargs), routing_inputs(self.model, adapter_names=names):
             yield
 
     # ------------------------------------------------------------------ removal
@@ -215,10 +211,10 @@ def _aliases(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def routing_inputs(model: nn.Module, **given: Any):
+def routing_inputs(model: nn.Module, **given: Any) -> AbstractContextManager[None]:
     """Context: what every forward inside is told beside its arguments.
 
-    For calls that pass no unknown keywords on, such as `generate` of a plain `PeftModel`.
+    For code that passes no unknown keywords on to the model.
 
     Args:
         model: the routed model.
@@ -243,15 +239,10 @@ def _context_of(model: nn.Module, holder: nn.Module) -> ForwardContext:
     context = _hooked(model)
     if context is None:
         context = ForwardContext()
-        _hook(model, context)
+        context.watch(model)
     if _hooked(holder) is None:
-        _hook(holder, context)
+        context.watch(holder)
     return context
-
-
-def _hook(model: nn.Module, context: ForwardContext) -> None:
-    model.register_forward_pre_hook(context.enter, with_kwargs=True)
-    model.register_forward_hook(context.leave, with_kwargs=True, always_call=True)
 
 
 def _hooked(model: nn.Module) -> ForwardContext | None:

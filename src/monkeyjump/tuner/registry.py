@@ -128,10 +128,12 @@ def _make_config(routed_type: PeftType, base_type: PeftType, base_config: type[P
 def _make_tuner(base_tuner: type[BaseTuner]) -> type[BaseTuner]:
     layers = base_tuner.tuner_layer_cls
     layers = layers if isinstance(layers, tuple) else (layers,)
-    mixin = RoutedAdaLora if issubclass(base_tuner, AdaLoraModel) else RoutedTuner
+    adalora = issubclass(base_tuner, AdaLoraModel)  # it inherits LoRA's hooks, but its layers know no adapter_names
+    mixin = RoutedAdaLora if adalora else RoutedTuner
     namespace = {
         "__module__": __name__,
         "__doc__": f"{base_tuner.__name__} with routed adapters.",
         "tuner_layer_cls": (*layers, Router),  # PEFT only uses it in isinstance
+        "takes_mixed_batches": hasattr(base_tuner, "_enable_peft_forward_hooks") and not adalora,
     }
     return type(f"MonkeyJump{base_tuner.__name__}", (mixin, base_tuner), namespace)

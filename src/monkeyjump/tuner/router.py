@@ -40,6 +40,8 @@ class Router(nn.Module, BaseTunerLayer):
         learned_centers: the same as parameters, for `center_init="trainable"`.
         slots: the routed modules per adapter, by path within the block, in the order of the gates.
         pending, gathered: statistics since the last completed step, and since the last update.
+        gathering: whether the training forwards of an adapter add to them.
+        steps: optimizer steps completed, while gathering.
     """
 
     adapter_layer_names = ("learned_centers",)
@@ -61,6 +63,7 @@ class Router(nn.Module, BaseTunerLayer):
         self.gathered: dict[str, CenterStatistics] = {}
         self.gathering: dict[str, bool] = {}
         self.steps: dict[str, int] = {}
+        self.schedule: Any = None  # the CenterUpdate that moves these centers
         self.observers: list[Observer] = []
         self.merged_adapters: list[str] = []
         self._active_adapter = active
@@ -124,31 +127,47 @@ class Router(nn.Module, BaseTunerLayer):
         if config.granularity == "task":
             return self._task_gates(adapter, hidden)
         self._check_ready(adapter, config)
+        learning = self.training and torch.is_grad_enabled()
         if config.granularity == "token":
-            return self._decide(adapter, config, hidden, hidden)
+            return self._decide(adapter, config, hidden, None)
+        frames = self.context.frames
+        fresh = not frames or frames[-1].offset == 0  # a cache may be emptied and used again
         decided = None if cache is None else cache.__dict__.setdefault(DECISIONS, {})
         key = (self.name, adapter)
-        if decided and key in decided:
+        if decided is not None and key in decided and not fresh:
             return _continued(decided[key], hidden)
-        self._check_whole_prompt(config, hidden)
-        batch, length, _ = hidden.shape
-        attended = self.context.attended(batch, length, hidden.device)
-        end = self.context.prompt_end(config.granularity, batch, length, attended)
-        gates = self._decide(adapter, config, hidden, pool(hidden, config.granularity, attended, end))
+        gates = self._sequence_gates(adapter, config, hidden, learning)
         if decided is not None:
             decided[key] = gates
         return gates
 
-    def _decide(self, adapter: str, config: MonkeyJumpConfig, hidden: Tensor, states: Tensor) -> Tensor:
-        """Gates `[B, T or 1, E]` for `states`, of which the optimizer's step may later move the centers."""
+    def _sequence_gates(self, adapter: str, config: MonkeyJumpConfig, hidden: Tensor, learning: bool) -> Tensor:
+        """Gates `[B, 1, E]` decided on the whole sequence, or on its prompt where that is known."""
+        columns = self.context.first("prompt_columns")
+        batch, length, _ = hidden.shape
+        attended = self.context.attended(batch, length, hidden.device)
+        self._check_whole_prompt(config, attended)
+        if columns is not None and columns < length:  # generating without a cache: decide as on the prompt alone
+            hidden, attended = hidden[:, :columns], None if attended is None else attended[:, :columns]
+        end = self.context.prompt_end(config.granularity, batch, hidden.shape[1], attended, learning)
+        representation = pool(hidden, config.granularity, attended, end)
+        somebody = None if attended is None else attended.any(1, keepdim=True)
+        return self._decide(adapter, config, representation, somebody)
+
+    def _decide(self, adapter: str, config: MonkeyJumpConfig, states: Tensor, counted: Tensor | None) -> Tensor:
+        """Gates `[B, T or 1, E]` for `states` `[B, T or 1, d]`, which may also move the centers.
+
+        Args:
+            counted: bool `[B, 1]`, rows with any attended token, where sequences are routed.
+        """
         learned = adapter in self.learned_centers
         centers = self.learned_centers[adapter] if learned else self.centers[adapter]
-        if centers.device != hidden.device:  # a block may have been dispatched elsewhere
-            centers = centers.to(hidden.device)
+        if centers.device != states.device:  # a block may have been dispatched elsewhere
+            centers = centers.to(states.device)
         # a recomputation inside a backward pass is not another micro-batch
         gathers = self.gathering.get(adapter, False) and self.training and torch.is_grad_enabled()
         gathers = gathers and torch._C._current_graph_task_id() == -1
-        with torch.set_grad_enabled(learned and torch.is_grad_enabled()), _float32_region(hidden):
+        with torch.set_grad_enabled(learned and torch.is_grad_enabled()), _float32_region(states):
             states = states.detach()
             logits = similarity_logits(states, centers, config.similarity) / config.temperature
             if self.training and config.jitter_noise:
@@ -158,7 +177,7 @@ class Router(nn.Module, BaseTunerLayer):
             own = torch.arange(experts, device=logits.device) % centers.shape[0]
             gates, chosen = gates_from_logits(logits[..., own], config.top_k, config.gate_norm)
             if gathers or self.observers:
-                attended = None
+                attended = counted
                 if config.granularity == "token":
                     attended = self.context.attended(states.shape[0], states.shape[1], states.device)
                 for observer in self.observers:
@@ -181,6 +200,7 @@ class Router(nn.Module, BaseTunerLayer):
 
     def _task_gates(self, adapter: str, hidden: Tensor) -> Tensor:
         ids = self.context.first("task_ids")
+        ids = ids.tolist() if torch.is_tensor(ids) else ids
         if ids is None:
             raise ValueError(
                 "granularity='task' needs task_ids [B] with every batch: pass task_ids=..., or wrap generate in "
@@ -188,7 +208,7 @@ class Router(nn.Module, BaseTunerLayer):
             )
         slots, experts = self.slots[adapter], self.configs[adapter].task_experts
         rows = []
-        for task in ids.tolist():
+        for task in ids:
             if experts is None:
                 on = [task % len(slots)]
             elif task in experts:
@@ -215,7 +235,7 @@ class Router(nn.Module, BaseTunerLayer):
             f"ready {adapter}", f"adapter {adapter!r} routes with centers never initialized; {remedy}"
         )
 
-    def _check_whole_prompt(self, config: MonkeyJumpConfig, hidden: Tensor) -> None:
+    def _check_whole_prompt(self, config: MonkeyJumpConfig, attended: Tensor | None) -> None:
         """Sequence modes decide on whole, single sequences (rule 7)."""
         frames = self.context.frames
         if frames and frames[-1].offset > 0:
@@ -223,11 +243,16 @@ class Router(nn.Module, BaseTunerLayer):
                 f"granularity={config.granularity!r} decides on the prompt, but the cache already holds "
                 f"{frames[-1].offset} tokens without a decision; start with an empty cache, or use granularity='token'"
             )
-        if self.context.is_packed(self.context.attended(hidden.shape[0], hidden.shape[1], hidden.device)):
+        if self.context.is_packed(attended):
             raise ValueError(
                 f"granularity={config.granularity!r} takes one sequence per row, but these rows are packed "
                 "(their positions restart); unpack them, or use granularity='token'"
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: a copy is in nobody's training and watched by nobody."""
+        running: dict[str, Any] = {name: {} for name in ("pending", "gathered", "gathering", "steps")}
+        return {**self.__dict__, **running, "observers": [], "schedule": None}
 
     # ------------------------------------------------------------------ what PEFT asks of a tuner layer
 

@@ -131,13 +131,12 @@ def plan_blocks(model: nn.Module, config: MonkeyJumpConfig, adapted: Iterable[st
             members[block].append(name.removeprefix(block + "."))
     slots = sorted({slot for inside in members.values() for slot in inside})
     shared = DEFAULT_SHARED if config.shared_modules is None else config.shared_modules
-    _check_names("shared_modules", config.shared_modules, slots)
-    _check_names("expert_order", config.expert_order, slots)
-    for task, names in (config.task_experts or {}).items():
-        _check_names(f"task_experts[{task}]", names, slots)
+    _check_names("shared_modules", config.shared_modules, slots, "targeted")
+    _check_names("expert_order", config.expert_order, slots, "targeted")
+    _check_layers(config.layers_to_route, sorted({block_index(block) for block in members}))
     plans = []
     for block, inside in members.items():
-        index = _index(block)
+        index = block_index(block)
         if not _is_routed_layer(index, config.layers_to_route):
             continue
         routed = [slot for slot in inside if not matches(slot, shared)]
@@ -145,6 +144,8 @@ def plan_blocks(model: nn.Module, config: MonkeyJumpConfig, adapted: Iterable[st
             routed = inside  # sharing by default never takes the last expert
         if routed:
             always = tuple(slot for slot in inside if slot not in routed)
+            for task, names in (config.task_experts or {}).items():
+                _check_names(f"task_experts[{task}]", names, routed, "routed")
             plans.append(BlockPlan(block, index, tuple(_ordered(routed, config.expert_order)), always))
     if not plans:
         raise ValueError(
@@ -167,12 +168,24 @@ def _is_routed_layer(index: int, layers: Sequence[int] | int | None) -> bool:
     return layers is None or index in ([layers] if isinstance(layers, int) else layers)
 
 
-def _check_names(field: str, wanted: Sequence[str] | str | None, slots: list[str]) -> None:
+def _check_names(field: str, wanted: Sequence[str] | str | None, slots: Sequence[str], kind: str) -> None:
+    """Every name, or the regex, must mean at least one of `slots`, which are modules of a `kind`."""
+    if isinstance(wanted, str):
+        if wanted and not any(matches(slot, wanted) for slot in slots):
+            raise ValueError(
+                f"{field}={wanted!r}, as a regex for the whole path within a block, matches none of "
+                f"{', '.join(slots)}; write a list for names: [{wanted!r}]"
+            )
+        return
     for name in wanted or ():
-        if isinstance(wanted, str):
-            name = wanted
-        if not any(matches(slot, wanted if isinstance(wanted, str) else [name]) for slot in slots):
-            raise ValueError(f"{_no_match(field, name, slots)}; only targeted modules can be named there")
+        if not any(matches(slot, [name]) for slot in slots):
+            raise ValueError(f"{_no_match(field, name, slots)}; only {kind} modules can be named there")
+
+
+def _check_layers(layers: Sequence[int] | int | None, indices: list[int]) -> None:
+    for layer in [] if layers is None else [layers] if isinstance(layers, int) else layers:
+        if layer not in indices:
+            raise ValueError(f"layers_to_route names {layer!r}; the blocks with adapters are {indices}")
 
 
 def _no_match(field: str, name: str, names: Iterable[str]) -> str:
@@ -199,7 +212,7 @@ def _parents(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def _index(block: str) -> int:
+def block_index(block: str) -> int:
     """The block's number: the last integer of its path, 0 where there is none."""
     return next((int(part) for part in reversed(block.split(".")) if part.isdigit()), 0)
 

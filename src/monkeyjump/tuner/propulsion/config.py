@@ -29,7 +29,12 @@ class PropulsionConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        if self.degree < 1:
-            raise ValueError(f"degree={self.degree} is out of range: use at least 1")
+        if isinstance(self.degree, bool) or not isinstance(self.degree, int) or self.degree < 1:
+            raise ValueError(f"degree={self.degree!r} is out of range: use an integer of at least 1")
+        if self.target_parameters:
+            raise ValueError(
+                f"target_parameters={self.target_parameters!r} is out of range: Propulsion adapts the outputs of "
+                "modules; use target_modules"
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern is set, but layers_to_transform is None; set both")

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from monkeyjump.tuner.gates import AppliesGate, gate_of
+from monkeyjump.tuner.gates import CANNOT_MERGE, AppliesGate, gate_of
 
 
 class PropulsionLayer(nn.Module, BaseTunerLayer, AppliesGate):
@@ -61,6 +61,8 @@ class PropulsionLayer(nn.Module, BaseTunerLayer, AppliesGate):
             return self.base_layer(x, *args, **kwargs)
         y = self.base_layer(x, *args, **kwargs)
         if self.merged:
+            if any(gate_of(self, adapter) is not None for adapter in self.merged_adapters):
+                raise ValueError(CANNOT_MERGE)
             return y
         scaled = y
         for adapter in self.active_adapters:

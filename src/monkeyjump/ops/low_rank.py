@@ -1,0 +1,200 @@
+"""The gated low-rank update as one forward and one backward.
+
+    y = x W^T + b  +  (x A^T * g) B^T          g = gate * scale, one number per token
+
+    x [N, d_in]   W [d_out, d_in]   A [r, d_in]   B [d_out, r]   g [N, 1]   y [N, d_out]
+
+Autograd on the same formula keeps the dropped input and its mask, casts x to the adapter's dtype once
+for every adapter that reads it, and passes over [N, d_out] and [N, d_in] once for the sum of base and
+update each. Here the update is added in place onto the base output, the gradient of x is accumulated in
+one buffer, x itself is kept (siblings that read the same x keep the same storage), dropout is drawn
+again from its seed, and where A is frozen (LoRA-FA) only the rank-r product is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def gated_linear_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gate: Tensor | None, keep: Tensor | None
+) -> Tensor:
+    """The formula, for autograd to differentiate: what `gated_linear` is tested against.
+
+    Args:
+        x: `[..., d_in]`.
+        gate: `[..., 1]`, gate times scale, or None for 1.
+        keep: `[..., d_in]`, the dropout mask already divided by 1 - p, or None.
+    """
+    u = F.linear(x if keep is None else x * keep, a)
+    return F.linear(x, weight, bias) + F.linear(u if gate is None else u * gate, b)
+
+
+def gated_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    gate: Tensor | None = None,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """A frozen linear layer with its gated low-rank update, `[..., d_out]` in the dtype of `x`.
+
+    Args:
+        x: `[..., d_in]`.
+        weight, bias: `[d_out, d_in]`, `[d_out]` or None, frozen, in the dtype of `x`.
+        a, b: `[r, d_in]`, `[d_out, r]`, any float dtype; the products are taken in the dtype of `x`.
+        gate: broadcastable to `[..., 1]`, without gradient; None for 1.
+        scale: alpha / r.
+        dropout, seed: p of the dropout on the update's input, and what its mask is drawn from.
+
+    Raises:
+        RuntimeError: when differentiated twice.
+    """
+    y, _ = _GatedLinear.apply(_flat(x), weight, bias, a, b, _per_token(gate, x), _Settings(scale, dropout, seed))
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def gated_delta(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    gate: Tensor | None = None,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """The update alone, `[..., d_out]`, for a base layer that is no plain Linear (quantized, say).
+
+    Args:
+        x, a, b, gate, scale, dropout, seed: as in `gated_linear`.
+    """
+    delta, _ = _GatedDelta.apply(_flat(x), a, b, _per_token(gate, x), _Settings(scale, dropout, seed))
+    return delta.view(*x.shape[:-1], delta.shape[-1])
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _per_token(gate: Tensor | None, x: Tensor) -> Tensor | None:
+    """`[N, 1]` for the flattened x."""
+    if gate is None or gate.dim() == 2:
+        return gate
+    return gate.expand(*x.shape[:-1], 1).reshape(-1, 1)
+
+
+def dropout_mask(shape: torch.Size, p: float, seed: int, device: torch.device) -> Tensor:
+    """The mask that `seed` stands for: bool, True where an input is kept."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - p, generator=generator)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What both passes of one call share beside its tensors."""
+
+    scale: float
+    dropout: float
+    seed: int
+
+    @property
+    def factor(self) -> float:
+        return self.scale / (1 - self.dropout)
+
+    def mask(self, shape: torch.Size, device: torch.device) -> Tensor | None:
+        return dropout_mask(shape, self.dropout, self.seed, device) if self.dropout else None
+
+
+def _low_rank(x: Tensor, a: Tensor, gate: Tensor | None, settings: _Settings) -> Tensor:
+    """`(dropout(x) A^T) * gate * scale`: `[N, r]`."""
+    mask = settings.mask(x.shape, x.device)
+    u = (x if mask is None else x * mask) @ a.to(x.dtype).T
+    return u.mul_(settings.factor if gate is None else (gate * settings.factor).to(u.dtype))
+
+
+class _Saved(NamedTuple):
+    """What the backward pass of an update reads."""
+
+    x: Tensor | None  # [N, d_in], only where A is trained
+    a: Tensor
+    b: Tensor
+    u: Tensor  # [N, r], gated and scaled
+    gate: Tensor | None
+
+
+def _update_backward(grad: Tensor, saved: _Saved, settings: _Settings, shape: torch.Size, grad_x: Tensor | None):
+    """Gradients of A and B; that of x is added in place onto `grad_x`, where it is wanted."""
+    x, a, b, u, gate = saved
+    grad_b = (u.T @ grad).T.to(b.dtype)
+    # with B laid out like this the thin product is several times faster than as it is stored
+    grad_u = grad @ b.to(grad.dtype).T.contiguous().T
+    grad_u.mul_(settings.factor if gate is None else (gate * settings.factor).to(grad_u.dtype))
+    mask = settings.mask(shape, grad.device)
+    grad_a = None
+    if x is not None:
+        grad_a = (grad_u.T @ (x if mask is None else x * mask)).to(a.dtype)
+    if grad_x is not None:
+        if mask is None:
+            grad_x.addmm_(grad_u, a.to(grad.dtype))
+        else:
+            grad_x.addcmul_(grad_u @ a.to(grad.dtype), mask.to(grad.dtype))
+    return grad_a, grad_b
+
+
+class _GatedLinear(torch.autograd.Function):
+    """Outputs y and, for the backward pass only, the rank-r product."""
+
+    @staticmethod
+    def forward(x, weight, bias, a, b, gate, settings):
+        y = F.linear(x, weight, bias)
+        u = _low_rank(x, a, gate, settings)
+        y.addmm_(u, b.to(y.dtype).T)
+        return y, u
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        x, weight, _, a, b, gate, ctx.settings = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.shape = x.shape
+        ctx.save_for_backward(weight, x if ctx.needs_input_grad[3] else None, a, b, output[1], gate)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor):
+        weight, *saved = ctx.saved_tensors
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        grad_a, grad_b = _update_backward(grad, _Saved(*saved), ctx.settings, ctx.shape, grad_x)
+        return grad_x, None, None, grad_a, grad_b, None, None
+
+
+class _GatedDelta(torch.autograd.Function):
+    """The update without the base layer."""
+
+    @staticmethod
+    def forward(x, a, b, gate, settings):
+        u = _low_rank(x, a, gate, settings)
+        return u @ b.to(u.dtype).T, u
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        x, a, b, gate, ctx.settings = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.shape = x.shape
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, a, b, output[1], gate)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor):
+        grad_x = grad.new_zeros(ctx.shape) if ctx.needs_input_grad[0] else None
+        grad_a, grad_b = _update_backward(grad, _Saved(*ctx.saved_tensors), ctx.settings, ctx.shape, grad_x)
+        return grad_x, grad_a, grad_b, None, None

@@ -1,0 +1,111 @@
+"""Adapted layers of the LoRA family that take the fused operations of `monkeyjump.ops`.
+
+They are PEFT's own layers with another forward: everything else (files, switching, merging, variants)
+stays PEFT's, and whatever the fused operations do not cover (several adapters at once, DoRA, mixed
+batches, compiled or functorch code, a bias in B) goes PEFT's way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.adalora.layer import SVDLinear
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from monkeyjump.ops.low_rank import gated_delta, gated_linear
+from monkeyjump.tuner.gates import CANNOT_MERGE, AppliesGate, RoutedLora, draw_seed, gate_of
+
+
+class FusedLoraLinear(LoraLinear):
+    """PEFT's LoRA layer; one routed, shared or plain adapter takes the fused update."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapter = _sole_adapter(self, args, kwargs)
+        if adapter is None or not _has_plain_update(self, adapter):
+            return super().forward(x, *args, **kwargs)
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        return _fused(self, adapter, x, a, b, self.scaling[adapter])
+
+
+class FusedSVDLinear(SVDLinear, AppliesGate):
+    """PEFT's AdaLoRA layer: the same update with A = diag(lambda) Q."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.merged and any(gate_of(self, adapter) is not None for adapter in self.merged_adapters):
+            raise ValueError(CANNOT_MERGE)
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        sole = _sole_adapter(self, args, kwargs)
+        if sole is not None:
+            a, b, scale = self._factors(sole)
+            return _fused(self, sole, x, a, b, scale)
+        y = self.base_layer(x, *args, **kwargs)
+        for adapter in [name for name in self.active_adapters if name in self.lora_A]:
+            (a, b, scale), gate = self._factors(adapter), gate_of(self, adapter)
+            u = self.lora_dropout[adapter](x).to(a.dtype) @ a.T
+            y = y + ((u * scale if gate is None else u * (gate(x) * scale).to(u.dtype)) @ b.T).to(y.dtype)
+        return y
+
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor, float]:
+        """`diag(lambda) Q` `[r, d_in]`, P `[d_out, r]` and PEFT's scale."""
+        scale = self.scaling[adapter] / (self.r[adapter] + 1e-5)
+        return self.lora_A[adapter] * self.lora_E[adapter], self.lora_B[adapter], scale
+
+
+def fuse(layer: nn.Module) -> None:
+    """Give a layer that PEFT made the fused forward, where there is one for its class."""
+    for fused, original in ((FusedLoraLinear, LoraLinear), (FusedSVDLinear, SVDLinear)):
+        if type(layer) is original:
+            layer.__class__ = fused
+
+
+def _sole_adapter(layer: Any, args: tuple, kwargs: dict) -> str | None:
+    """The one adapter that acts, or None where the fused operations do not serve."""
+    if args or kwargs or layer.disable_adapters or layer.merged or torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return None
+    active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+    return active[0] if len(active) == 1 else None
+
+
+def _has_plain_update(layer: Any, adapter: str) -> bool:
+    plain = isinstance(layer.lora_variant.get(adapter), (RoutedLora, type(None)))
+    return plain and layer.lora_B[adapter].bias is None
+
+
+def _fused(layer: Any, adapter: str, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    gate = gate_of(layer, adapter)
+    m = None if gate is None else gate(x)
+    p, seed = _dropout(layer, adapter, x)
+    base = layer.base_layer
+    if m is not None and m.requires_grad:  # a trainable router: the gate's own gradient is left to autograd
+        y = base(x)
+        return y + gated_delta(x.to(y.dtype), a, b, None, scale, p, seed) * m.to(y.dtype)
+    if not _is_plain(base, x):
+        y = base(x)
+        return y + gated_delta(x.to(y.dtype), a, b, m, scale, p, seed)
+    weight = base.weight.T if isinstance(base, Conv1D) else base.weight
+    return gated_linear(x, weight, base.bias, a, b, m, scale, p, seed)
+
+
+def _dropout(layer: Any, adapter: str, x: Tensor) -> tuple[float, int]:
+    """p and seed of the dropout on the adapter's input; p is 0 outside training."""
+    module = layer.lora_dropout[adapter]
+    if not (isinstance(module, nn.Dropout) and module.training and module.p):
+        return 0.0, 0
+    box = layer.__dict__.get("jump_box")
+    return module.p, draw_seed() if box is None else box.dropout_seed(x)
+
+
+def _is_plain(base: Any, x: Tensor) -> bool:
+    """Whether `base(x)` is one product with a frozen weight and nothing beside it."""
+    if type(base) not in (nn.Linear, Conv1D) or type(base.weight) is not nn.Parameter:
+        return False  # quantized, sharded, or a layer with a forward of its own
+    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in base.__dict__
+    trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
+    same = base.weight.dtype == x.dtype and base.weight.device == x.device
+    return same and not hooked and not trained and not torch.is_autocast_enabled(x.device.type)

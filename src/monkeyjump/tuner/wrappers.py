@@ -1,0 +1,64 @@
+"""What PEFT's model wrappers have to hand on to routed adapters, and do not.
+
+Their `forward` takes `task_ids` for Poly and drops it for every other method before any tuner sees it.
+Their `generate` refuses keywords that the base model does not know, and without a cache nobody tells
+the blocks where the prompt ended. Each wrapper class gets both mended, for routed adapters only.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from peft import PeftModel
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from torch import Tensor
+
+from monkeyjump.config import MonkeyJumpConfig
+from monkeyjump.tuner.model import routing_inputs
+
+
+def extend_wrappers() -> None:
+    """Mend `forward` and `generate` of every wrapper class of PEFT."""
+    for wrapper in set(MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()):
+        wrapper.forward = _with_task_ids(wrapper.forward)
+    for wrapper in {PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()}:
+        if "generate" in vars(wrapper):
+            wrapper.generate = _with_prompt(wrapper.generate)
+
+
+def _is_routed(model: PeftModel) -> bool:
+    return any(isinstance(config, MonkeyJumpConfig) for config in model.peft_config.values())
+
+
+def _with_task_ids(forward: Any) -> Any:
+    @functools.wraps(forward)
+    def forward_with_task_ids(self: Any, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        if task_ids is not None:
+            kwargs["mj_task_ids" if _is_routed(self) else "task_ids"] = task_ids
+        return forward(self, *args, **kwargs)
+
+    return forward_with_task_ids
+
+
+def _with_prompt(generate: Any) -> Any:
+    @functools.wraps(generate)
+    def generate_with_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _is_routed(self):
+            return generate(self, *args, **kwargs)
+        told = {
+            "task_ids": kwargs.pop("task_ids", None),
+            "prompt_lengths": kwargs.pop("mj_prompt_lengths", None),
+            "prompt_columns": _columns(args, kwargs),
+        }
+        with routing_inputs(self, **told):
+            return generate(self, *args, **kwargs)
+
+    return generate_with_prompt
+
+
+def _columns(args: tuple, kwargs: dict[str, Any]) -> int | None:
+    """Width of the prompts, padding included: what is generated stands to the right of it."""
+    named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+    prompt = next((p for p in (*args[:1], *named) if p is not None), None)
+    return None if prompt is None else int(prompt.shape[1])

@@ -1,0 +1,187 @@
+"""The fused operations against their reference: values, gradients, dtypes, shapes, memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from monkeyjump.ops import gated_delta, gated_linear, gated_linear_reference
+from monkeyjump.ops.low_rank import dropout_mask
+from monkeyjump.tuner.fused import FusedLoraLinear, FusedSVDLinear
+from tiny import llama, routed, tokens, trainable
+
+
+def operands(dtype: torch.dtype = torch.float64, adapters: torch.dtype | None = None, shape: tuple = (2, 3)) -> dict:
+    torch.manual_seed(0)
+    adapters = adapters or dtype
+    return {
+        "x": torch.randn(*shape, 5, dtype=dtype, requires_grad=True),
+        "weight": torch.randn(4, 5, dtype=dtype),
+        "bias": torch.randn(4, dtype=dtype),
+        "a": torch.randn(2, 5, dtype=adapters, requires_grad=True),
+        "b": torch.randn(4, 2, dtype=adapters, requires_grad=True),
+    }
+
+
+GATES = {"none": None, "token": torch.rand(2, 3, 1).double(), "row": torch.rand(2, 1, 1).double()}
+
+
+def reference(given: dict, gate: Tensor | None, scale: float, dropout: float, seed: int) -> Tensor:
+    x, keep = given["x"], None
+    if dropout:
+        keep = dropout_mask(x.flatten(0, -2).shape, dropout, seed, x.device).view(x.shape).to(x.dtype) / (1 - dropout)
+    factor = torch.full((1,), scale, dtype=x.dtype) if gate is None else gate * scale
+    return gated_linear_reference(**given, gate=factor.to(x.dtype), keep=keep)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("gate", GATES)
+def test_values_and_gradients_equal_the_reference(gate: str, dropout: float) -> None:
+    given = operands()
+    settings = (GATES[gate], 1.5, dropout, 7)
+    grads = []
+    for out in (
+        gated_linear(**given, gate=GATES[gate], scale=1.5, dropout=dropout, seed=7),
+        reference(given, *settings),
+    ):
+        weights = torch.arange(out.numel(), dtype=out.dtype).view(out.shape)
+        grads.append((out, *torch.autograd.grad((out * weights).sum(), [given[n] for n in ("x", "a", "b")])))
+    for mine, expected in zip(*grads):
+        torch.testing.assert_close(mine, expected)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("gate", GATES)
+def test_gradients_pass_gradcheck(gate: str, dropout: float) -> None:
+    given = operands()
+    weight, bias = given["weight"], given["bias"]
+    inputs = (given["x"], given["a"], given["b"])
+    m = GATES[gate]
+    assert torch.autograd.gradcheck(lambda x, a, b: gated_linear(x, weight, bias, a, b, m, 1.5, dropout, 7), inputs)
+    assert torch.autograd.gradcheck(lambda x, a, b: gated_delta(x, a, b, m, 1.5, dropout, 7), inputs)
+
+
+def test_the_delta_is_what_the_linear_adds() -> None:
+    given = operands()
+    base = nn.functional.linear(given["x"], given["weight"], given["bias"])
+    delta = gated_delta(given["x"], given["a"], given["b"], GATES["token"], 0.5)
+    torch.testing.assert_close(base + delta, gated_linear(**given, gate=GATES["token"], scale=0.5))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+def test_half_precision_bases_with_float32_adapters(dtype: torch.dtype, tolerance: float) -> None:
+    given = operands(dtype, torch.float32)
+    out = gated_linear(**given, gate=GATES["token"], scale=1.5)
+    out.float().sum().backward()
+    assert out.dtype == given["x"].grad.dtype == dtype
+    assert given["a"].grad.dtype == given["b"].grad.dtype == torch.float32
+    exact = {k: v.detach().double().requires_grad_() for k, v in given.items()}
+    expected = reference(exact, GATES["token"], 1.5, 0.0, 0)
+    expected.sum().backward()
+    for mine, theirs in [(out, expected), *((given[n].grad, exact[n].grad) for n in ("x", "a", "b"))]:
+        torch.testing.assert_close(
+            mine.double(), theirs, rtol=tolerance, atol=tolerance * float(theirs.detach().abs().max())
+        )
+
+
+def test_inputs_without_rows_and_without_order() -> None:
+    empty = operands(shape=(2, 0))
+    out = gated_linear(**empty, gate=torch.rand(2, 0, 1, dtype=torch.float64))
+    assert out.shape == (2, 0, 4)
+    out.sum().backward()
+    assert not empty["a"].grad.any()
+    given = operands()
+    strided = {**given, "x": given["x"].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()}
+    assert not strided["x"].is_contiguous()
+    torch.testing.assert_close(gated_linear(**strided), gated_linear(**given))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    given = operands()
+    (first,) = torch.autograd.grad(gated_linear(**given).pow(2).sum(), given["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def saved_by(call: object) -> set[int]:
+    """Storages that autograd keeps for a call."""
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = call()  # type: ignore[operator]
+    assert out is not None
+    return set(kept)
+
+
+def test_lora_fa_keeps_the_rank_r_product_and_not_its_input() -> None:
+    given = operands()
+    x = given["x"].untyped_storage().data_ptr()
+    assert x in saved_by(lambda: gated_linear(**given))
+    frozen = {**given, "a": given["a"].detach()}
+    assert x not in saved_by(lambda: gated_linear(**frozen))
+
+
+def test_dropout_keeps_no_mask_and_no_dropped_copy() -> None:
+    given = operands(shape=(64, 32))
+    inputs = {v.untyped_storage().data_ptr() for v in given.values()}
+    size = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        size[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        gated_linear(**given, dropout=0.5, seed=1)
+    assert sum(n for pointer, n in size.items() if pointer not in inputs) <= 64 * 32 * 2 * 8  # the rank-r product
+
+
+@pytest.mark.parametrize("base", ["lora", "adalora"])
+def test_adapted_layers_take_the_fused_path_and_agree_with_pefts(base: str) -> None:
+    extra = {"total_step": 5} if base == "adalora" else {}
+    model = routed(llama(), base=base, **extra)
+    layer = model.get_base_model().model.layers[0].self_attn.o_proj  # shared: no gate in the way
+    fused = {"lora": FusedLoraLinear, "adalora": FusedSVDLinear}[base]
+    assert type(layer) is fused
+    x = torch.randn(2, 4, 32)
+    name = "GatedLinear"
+    assert name in type(layer(x).grad_fn.next_functions[0][0]).__name__ + type(layer(x).grad_fn).__name__
+    torch.testing.assert_close(layer(x), fused.__mro__[1].forward(layer, x))
+
+
+def test_a_hooked_base_layer_is_still_called() -> None:
+    model = routed(llama()).train()
+    layer, seen = model.get_base_model().model.layers[0].self_attn.o_proj, []
+    expected = model(tokens()).logits
+    layer.base_layer.register_forward_hook(lambda *a: seen.append(1))
+    torch.testing.assert_close(model(tokens()).logits, expected)
+    assert seen
+
+
+@pytest.mark.parametrize("base", ["lora", "lora_fa", "adalora"])
+def test_autocast_agrees_with_full_precision(base: str) -> None:
+    extra = {"total_step": 5} if base == "adalora" else {}
+    model = routed(llama(), base=base, **extra).train()
+    ids = tokens()
+    full = model(ids, labels=ids).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = model(ids, labels=ids).loss
+    half.backward()
+    torch.testing.assert_close(half.float(), full, rtol=3e-2, atol=3e-2)
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for n, p in trainable(model).items() if "_B" in n)
+
+
+@pytest.mark.parametrize("base", ["lora", "lora_fa"])
+def test_compiling_breaks_no_graph_and_changes_nothing(base: str) -> None:
+    model = routed(llama(), base=base).eval()
+    ids = tokens()
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected)
+    torch._dynamo.reset()
