@@ -10,7 +10,7 @@ from torch import Tensor
 
 from monkeyjump import CenterUpdate, record_routing
 from monkeyjump.tuner.model import routers
-from tiny import VOCAB, llama, routed
+from tiny import VOCAB, bert, llama, routed, tokens
 
 GRANULARITIES = ["token", "last", "mean", "max", "prompt_end"]
 
@@ -76,3 +76,15 @@ def test_a_mask_of_ones_is_no_mask(granularity: str) -> None:
     model = routed(llama(), granularity=granularity).eval()
     ids = torch.randint(1, VOCAB, (2, 6))
     assert torch.equal(model(ids).logits, model(ids, attention_mask=torch.ones_like(ids)).logits)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES[:4])
+def test_padding_changes_nothing_in_an_encoder_either(granularity: str) -> None:
+    model = routed(bert(), granularity=granularity, temperature=0.3).eval()
+    rows = [tokens(1, 5, seed=1)[0].tolist(), tokens(1, 3, seed=2)[0].tolist()]
+    ids = torch.tensor([rows[0], [*rows[1], 7, 7]])  # real tokens' ids: only the mask says that it is padding
+    mask = torch.tensor([[1] * 5, [1] * 3 + [0] * 2])
+    together = {"input_ids": ids, "attention_mask": mask}
+    alone = [{"input_ids": torch.tensor([row])} for row in rows]
+    torch.testing.assert_close(model(**together).logits, torch.cat([model(**one).logits for one in alone]))
+    assert torch.equal(counts(model, together), sum(counts(model, one) for one in alone))

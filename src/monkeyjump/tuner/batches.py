@@ -44,8 +44,11 @@ def batches_of(data: Any, tokenizer: Any, batch_size: int, seed: int) -> Iterato
 
 
 def _is_batch(item: Any) -> bool:
-    first = item.get("input_ids") if isinstance(item, Mapping) else None
-    return torch.is_tensor(first) and first.dim() == 2
+    """Whether an item has a batch dimension already: two-dimensional ids, or other tensors (images, say)."""
+    if not isinstance(item, Mapping):
+        return False
+    ids = item.get("input_ids")
+    return ids.dim() == 2 if torch.is_tensor(ids) else ids is None and any(map(torch.is_tensor, item.values()))
 
 
 def _batches_of_rows(rows: Iterator[Any], tokenizer: Any, batch_size: int) -> Iterator[Mapping[str, Any]]:
@@ -96,6 +99,10 @@ def forward_inputs(model: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str
     takes = inspect.signature(base.forward).parameters
     device = next(base.parameters()).device
     inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items() if k in takes}
+    if not inputs:
+        raise ValueError(
+            f"data has batches of {', '.join(batch)}, none of which the model takes ({', '.join(takes)}); rename them"
+        )
     told = {OURS[k]: v.to(device) for k, v in batch.items() if k in OURS and v is not None}
     encoder_decoder = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
     if not encoder_decoder and inputs.get("labels") is not None:
@@ -104,6 +111,4 @@ def forward_inputs(model: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str
         inputs["logits_to_keep"] = 1
     if "use_cache" in takes:
         inputs["use_cache"] = False
-    if not inputs:
-        raise ValueError(f"data has batches of {', '.join(batch)}, none of which the model takes; rename the columns")
     return inputs, told
