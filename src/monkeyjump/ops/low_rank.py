@@ -13,8 +13,7 @@ again from its seed, and where A is frozen (LoRA-FA) only the rank-r product is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +59,7 @@ def gated_linear(
     Raises:
         RuntimeError: when differentiated twice.
     """
-    y, _ = _GatedLinear.apply(_flat(x), weight, bias, a, b, _per_token(gate, x), _Settings(scale, dropout, seed))
+    y = _GatedLinear.apply(_flat(x), weight, bias, a, b, _per_token(gate, x), scale, dropout, seed)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -78,7 +77,7 @@ def gated_delta(
     Args:
         x, a, b, gate, scale, dropout, seed: as in `gated_linear`.
     """
-    delta, _ = _GatedDelta.apply(_flat(x), a, b, _per_token(gate, x), _Settings(scale, dropout, seed))
+    delta = _GatedDelta.apply(_flat(x), a, b, _per_token(gate, x), scale, dropout, seed)
     return delta.view(*x.shape[:-1], delta.shape[-1])
 
 
@@ -99,102 +98,80 @@ def dropout_mask(shape: torch.Size, p: float, seed: int, device: torch.device) -
     return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - p, generator=generator)
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """What both passes of one call share beside its tensors."""
-
-    scale: float
-    dropout: float
-    seed: int
-
-    @property
-    def factor(self) -> float:
-        return self.scale / (1 - self.dropout)
-
-    def mask(self, shape: torch.Size, device: torch.device) -> Tensor | None:
-        return dropout_mask(shape, self.dropout, self.seed, device) if self.dropout else None
+def _low_rank(x: Tensor, a: Tensor, factor: Tensor | float, mask: Tensor | None) -> Tensor:
+    """`(dropout(x) A^T) * factor`: `[N, r]`."""
+    return ((x if mask is None else x * mask) @ a.to(x.dtype).T).mul_(factor)
 
 
-def _low_rank(x: Tensor, a: Tensor, gate: Tensor | None, settings: _Settings) -> Tensor:
-    """`(dropout(x) A^T) * gate * scale`: `[N, r]`."""
-    mask = settings.mask(x.shape, x.device)
-    u = (x if mask is None else x * mask) @ a.to(x.dtype).T
-    return u.mul_(settings.factor if gate is None else (gate * settings.factor).to(u.dtype))
+def _factor(gate: Tensor | None, scale: float, dropout: float, dtype: torch.dtype) -> Tensor | float:
+    """Everything that multiplies a token's rank-r product: `[N, 1]`, or one number for all."""
+    scale = scale / (1 - dropout)
+    return scale if gate is None else (gate * scale).to(dtype)
 
 
-class _Saved(NamedTuple):
-    """What the backward pass of an update reads."""
-
-    x: Tensor | None  # [N, d_in], only where A is trained
-    a: Tensor
-    b: Tensor
-    u: Tensor  # [N, r], gated and scaled
-    gate: Tensor | None
-
-
-def _update_backward(grad: Tensor, saved: _Saved, settings: _Settings, shape: torch.Size, grad_x: Tensor | None):
-    """Gradients of A and B; that of x is added in place onto `grad_x`, where it is wanted."""
-    x, a, b, u, gate = saved
-    grad_b = (u.T @ grad).T.to(b.dtype)
-    # with B laid out like this the thin product is several times faster than as it is stored
-    grad_u = grad @ b.to(grad.dtype).T.contiguous().T
-    grad_u.mul_(settings.factor if gate is None else (gate * settings.factor).to(grad_u.dtype))
-    mask = settings.mask(shape, grad.device)
-    grad_a = None
-    if x is not None:
-        grad_a = (grad_u.T @ (x if mask is None else x * mask)).to(a.dtype)
-    if grad_x is not None:
-        if mask is None:
-            grad_x.addmm_(grad_u, a.to(grad.dtype))
-        else:
-            grad_x.addcmul_(grad_u @ a.to(grad.dtype), mask.to(grad.dtype))
-    return grad_a, grad_b
-
-
-class _GatedLinear(torch.autograd.Function):
-    """Outputs y and, for the backward pass only, the rank-r product."""
+class _Update(torch.autograd.Function):
+    """What both operations share: what is kept, and the gradients of A, B and x."""
 
     @staticmethod
-    def forward(x, weight, bias, a, b, gate, settings):
+    def keep(ctx: Any, x: Tensor, a: Tensor, b: Tensor, u: Tensor, factor: Tensor | float, trains_a: bool) -> tuple:
+        """Tensors for `save_for_backward`; x only where the gradient of A will read it."""
+        ctx.shape = x.shape
+        ctx.factor, gate = (None, factor) if isinstance(factor, Tensor) else (factor, None)
+        return x if trains_a else None, a, b, u, gate
+
+    @staticmethod
+    def grads(ctx: Any, grad: Tensor, kept: tuple, grad_x: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """Gradients of A and B; that of x is added in place onto `grad_x`, where it is wanted."""
+        x, a, b, u, gate = kept
+        grad_b = (u.T @ grad).T.to(b.dtype)
+        # with B laid out like this the thin product is several times faster than as it is stored
+        grad_u = (grad @ b.to(grad.dtype).T.contiguous().T).mul_(ctx.factor if gate is None else gate)
+        mask = dropout_mask(ctx.shape, *ctx.dropout, grad.device) if ctx.dropout[0] else None
+        grad_a = None
+        if x is not None:
+            grad_a = (grad_u.T @ (x if mask is None else x * mask)).to(a.dtype)
+        if grad_x is not None:
+            if mask is None:
+                grad_x.addmm_(grad_u, a.to(grad.dtype))
+            else:
+                grad_x.addcmul_(grad_u @ a.to(grad.dtype), mask.to(grad.dtype))
+        return grad_a, grad_b
+
+
+class _GatedLinear(_Update):
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias, a, b, gate, scale, dropout, seed):
+        mask = dropout_mask(x.shape, dropout, seed, x.device) if dropout else None
+        factor = _factor(gate, scale, dropout, x.dtype)
         y = F.linear(x, weight, bias)
-        u = _low_rank(x, a, gate, settings)
+        u = _low_rank(x, a, factor, mask)
         y.addmm_(u, b.to(y.dtype).T)
-        return y, u
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, weight, _, a, b, gate, ctx.settings = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.shape = x.shape
-        ctx.save_for_backward(weight, x if ctx.needs_input_grad[3] else None, a, b, output[1], gate)
+        ctx.dropout = (dropout, seed)
+        ctx.save_for_backward(weight, *_Update.keep(ctx, x, a, b, u, factor, ctx.needs_input_grad[3]))
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor):
-        weight, *saved = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor):
+        weight, *kept = ctx.saved_tensors
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
-        grad_a, grad_b = _update_backward(grad, _Saved(*saved), ctx.settings, ctx.shape, grad_x)
-        return grad_x, None, None, grad_a, grad_b, None, None
+        grad_a, grad_b = _Update.grads(ctx, grad, tuple(kept), grad_x)
+        return grad_x, None, None, grad_a, grad_b, None, None, None, None
 
 
-class _GatedDelta(torch.autograd.Function):
-    """The update without the base layer."""
-
+class _GatedDelta(_Update):
     @staticmethod
-    def forward(x, a, b, gate, settings):
-        u = _low_rank(x, a, gate, settings)
-        return u @ b.to(u.dtype).T, u
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, a, b, gate, ctx.settings = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.shape = x.shape
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, a, b, output[1], gate)
+    def forward(ctx: Any, x, a, b, gate, scale, dropout, seed):
+        mask = dropout_mask(x.shape, dropout, seed, x.device) if dropout else None
+        factor = _factor(gate, scale, dropout, x.dtype)
+        u = _low_rank(x, a, factor, mask)
+        ctx.dropout = (dropout, seed)
+        ctx.save_for_backward(*_Update.keep(ctx, x, a, b, u, factor, ctx.needs_input_grad[1]))
+        return u @ b.to(u.dtype).T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor):
+    def backward(ctx: Any, grad: Tensor):
         grad_x = grad.new_zeros(ctx.shape) if ctx.needs_input_grad[0] else None
-        grad_a, grad_b = _update_backward(grad, _Saved(*ctx.saved_tensors), ctx.settings, ctx.shape, grad_x)
-        return grad_x, grad_a, grad_b, None, None
+        grad_a, grad_b = _Update.grads(ctx, grad, ctx.saved_tensors, grad_x)
+        return grad_x, grad_a, grad_b, None, None, None, None

@@ -36,12 +36,15 @@ class CenterStatistics:
             assigned: bool `[N, C]`, the centers that each state counts for.
             space: `sphere` sums unit vectors, the others raw states.
         """
-        finite = states.isfinite().all(-1, keepdim=True)  # one such state would stay in a center for ever
-        states = torch.where(finite, states, 0).float()
-        weight = (assigned & finite).float()
-        if space == "sphere":
-            states = F.normalize(states, dim=-1)
-        return cls(weight.T @ states, weight.sum(0))
+        states, weight = states.float(), assigned.float()
+        norms = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
+        finite = norms.isfinite()  # one state that is not would stay in a center for ever
+        if states.is_cuda or not finite.all():  # on a GPU asking would wait for it
+            states, norms, weight = torch.where(finite, states, 0), torch.where(finite, norms, 1), weight * finite
+        counts = weight.sum(0)
+        if space == "sphere":  # the sum of unit vectors, without a normalized copy of the states
+            weight = weight / norms.clamp_min(1e-12)
+        return cls(weight.T @ states, counts)
 
     def __add__(self, other: CenterStatistics | None) -> CenterStatistics:
         if other is None:
