@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from monkeyjump.ops import gated_delta, gated_linear, gated_linear_reference
-from monkeyjump.ops.low_rank import dropout_mask
+from monkeyjump.ops import DropoutMask, gated_delta, gated_linear, gated_linear_reference
+from monkeyjump.ops.dropout import spread
 from monkeyjump.tuner.fused import FusedLoraLinear, FusedSVDLinear
 from tiny import llama, routed, tokens, trainable
 
@@ -27,10 +27,13 @@ def operands(dtype: torch.dtype = torch.float64, adapters: torch.dtype | None = 
 GATES = {"none": None, "token": torch.rand(2, 3, 1).double(), "row": torch.rand(2, 1, 1).double()}
 
 
-def reference(given: dict, gate: Tensor | None, scale: float, dropout: float, seed: int) -> Tensor:
-    x, keep = given["x"], None
-    if dropout:
-        keep = dropout_mask(x.flatten(0, -2).shape, dropout, seed, x.device).view(x.shape).to(x.dtype) / (1 - dropout)
+def mask_for(x: Tensor, p: float) -> DropoutMask | None:
+    return DropoutMask.draw(x.detach(), p) if p else None
+
+
+def reference(given: dict, gate: Tensor | None, scale: float, dropout: DropoutMask | None) -> Tensor:
+    x = given["x"]
+    keep = None if dropout is None else spread(dropout.bits, x.shape, x.dtype) / (1 - dropout.p)
     factor = torch.full((1,), scale, dtype=x.dtype) if gate is None else gate * scale
     return gated_linear_reference(**given, gate=factor.to(x.dtype), keep=keep)
 
@@ -39,11 +42,11 @@ def reference(given: dict, gate: Tensor | None, scale: float, dropout: float, se
 @pytest.mark.parametrize("gate", GATES)
 def test_values_and_gradients_equal_the_reference(gate: str, dropout: float) -> None:
     given = operands()
-    settings = (GATES[gate], 1.5, dropout, 7)
+    mask = mask_for(given["x"], dropout)
     grads = []
     for out in (
-        gated_linear(**given, gate=GATES[gate], scale=1.5, dropout=dropout, seed=7),
-        reference(given, *settings),
+        gated_linear(**given, gate=GATES[gate], scale=1.5, dropout=mask),
+        reference(given, GATES[gate], 1.5, mask),
     ):
         weights = torch.arange(out.numel(), dtype=out.dtype).view(out.shape)
         grads.append((out, *torch.autograd.grad((out * weights).sum(), [given[n] for n in ("x", "a", "b")])))
@@ -57,9 +60,9 @@ def test_gradients_pass_gradcheck(gate: str, dropout: float) -> None:
     given = operands()
     weight, bias = given["weight"], given["bias"]
     inputs = (given["x"], given["a"], given["b"])
-    m = GATES[gate]
-    assert torch.autograd.gradcheck(lambda x, a, b: gated_linear(x, weight, bias, a, b, m, 1.5, dropout, 7), inputs)
-    assert torch.autograd.gradcheck(lambda x, a, b: gated_delta(x, a, b, m, 1.5, dropout, 7), inputs)
+    m, mask = GATES[gate], mask_for(given["x"], dropout)
+    assert torch.autograd.gradcheck(lambda x, a, b: gated_linear(x, weight, bias, a, b, m, 1.5, mask), inputs)
+    assert torch.autograd.gradcheck(lambda x, a, b: gated_delta(x, a, b, m, 1.5, mask), inputs)
 
 
 def test_the_delta_is_what_the_linear_adds() -> None:
@@ -77,7 +80,7 @@ def test_half_precision_bases_with_float32_adapters(dtype: torch.dtype, toleranc
     assert out.dtype == given["x"].grad.dtype == dtype
     assert given["a"].grad.dtype == given["b"].grad.dtype == torch.float32
     exact = {k: v.detach().double().requires_grad_() for k, v in given.items()}
-    expected = reference(exact, GATES["token"], 1.5, 0.0, 0)
+    expected = reference(exact, GATES["token"], 1.5, None)
     expected.sum().backward()
     for mine, theirs in [(out, expected), *((given[n].grad, exact[n].grad) for n in ("x", "a", "b"))]:
         torch.testing.assert_close(
@@ -126,7 +129,7 @@ def test_lora_fa_keeps_the_rank_r_product_and_not_its_input() -> None:
     assert x not in saved_by(lambda: gated_linear(**frozen))
 
 
-def test_dropout_keeps_no_mask_and_no_dropped_copy() -> None:
+def test_dropout_keeps_one_bit_per_element_and_no_dropped_copy() -> None:
     given = operands(shape=(64, 32))
     inputs = {v.untyped_storage().data_ptr() for v in given.values()}
     size = {}
@@ -136,8 +139,9 @@ def test_dropout_keeps_no_mask_and_no_dropped_copy() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        gated_linear(**given, dropout=0.5, seed=1)
-    assert sum(n for pointer, n in size.items() if pointer not in inputs) <= 64 * 32 * 2 * 8  # the rank-r product
+        gated_linear(**given, dropout=mask_for(given["x"], 0.5))
+    rank_r, mask = 64 * 32 * 2 * 8, given["x"].numel() // 8
+    assert sum(n for pointer, n in size.items() if pointer not in inputs) == rank_r + mask
 
 
 @pytest.mark.parametrize("base", ["lora", "adalora"])
@@ -185,3 +189,25 @@ def test_compiling_breaks_no_graph_and_changes_nothing(base: str) -> None:
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("p", [0.05, 0.3, 0.5, 0.999])
+def test_masks_keep_the_right_share_and_are_independent(p: float) -> None:
+    torch.manual_seed(0)
+    x = torch.zeros(999, 1001)  # no multiple of a word
+    first, second = (spread(DropoutMask.draw(x, p).bits, x.shape, x.dtype) for _ in range(2))
+    sd = (p * (1 - p) / x.numel()) ** 0.5
+    assert abs(first.mean().item() - (1 - p)) < 5 * sd + 2**-16
+    assert abs((first * second).mean().item() - (1 - p) ** 2) < 10 * sd + 2**-15
+    assert abs((first[:, 1:] * first[:, :-1]).mean().item() - (1 - p) ** 2) < 10 * sd + 2**-15
+    assert set(first.unique().tolist()) <= {0.0, 1.0}
+
+
+def test_masks_come_from_the_global_generator() -> None:
+    x = torch.zeros(10, 10)
+    torch.manual_seed(3)
+    state = torch.random.get_rng_state()
+    first = DropoutMask.draw(x, 0.5).bits
+    assert not torch.equal(first, DropoutMask.draw(x, 0.5).bits)
+    torch.random.set_rng_state(state)
+    assert torch.equal(first, DropoutMask.draw(x, 0.5).bits)

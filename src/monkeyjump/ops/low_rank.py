@@ -7,8 +7,8 @@
 Autograd on the same formula keeps the dropped input and its mask, casts x to the adapter's dtype once
 for every adapter that reads it, and passes over [N, d_out] and [N, d_in] once for the sum of base and
 update each. Here the update is added in place onto the base output, the gradient of x is accumulated in
-one buffer, x itself is kept (siblings that read the same x keep the same storage), dropout is drawn
-again from its seed, and where A is frozen (LoRA-FA) only the rank-r product is kept.
+one buffer, x itself is kept (siblings that read the same x keep the same storage), a dropout mask is
+kept as bits, and where A is frozen (LoRA-FA) only the rank-r product is kept.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from monkeyjump.ops.dropout import DropoutMask, spread
 
 
 def gated_linear_reference(
@@ -43,8 +45,7 @@ def gated_linear(
     b: Tensor,
     gate: Tensor | None = None,
     scale: float = 1.0,
-    dropout: float = 0.0,
-    seed: int = 0,
+    dropout: DropoutMask | None = None,
 ) -> Tensor:
     """A frozen linear layer with its gated low-rank update, `[..., d_out]` in the dtype of `x`.
 
@@ -54,12 +55,12 @@ def gated_linear(
         a, b: `[r, d_in]`, `[d_out, r]`, any float dtype; the products are taken in the dtype of `x`.
         gate: broadcastable to `[..., 1]`, without gradient; None for 1.
         scale: alpha / r.
-        dropout, seed: p of the dropout on the update's input, and what its mask is drawn from.
+        dropout: mask of the dropout on the update's input.
 
     Raises:
         RuntimeError: when differentiated twice.
     """
-    y = _GatedLinear.apply(_flat(x), weight, bias, a, b, _per_token(gate, x), scale, dropout, seed)
+    y = _GatedLinear.apply(_flat(x), weight, bias, a, b, _per_token(gate, x), scale, dropout)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -69,15 +70,14 @@ def gated_delta(
     b: Tensor,
     gate: Tensor | None = None,
     scale: float = 1.0,
-    dropout: float = 0.0,
-    seed: int = 0,
+    dropout: DropoutMask | None = None,
 ) -> Tensor:
     """The update alone, `[..., d_out]`, for a base layer that is no plain Linear (quantized, say).
 
     Args:
-        x, a, b, gate, scale, dropout, seed: as in `gated_linear`.
+        x, a, b, gate, scale, dropout: as in `gated_linear`.
     """
-    delta = _GatedDelta.apply(_flat(x), a, b, _per_token(gate, x), scale, dropout, seed)
+    delta = _GatedDelta.apply(_flat(x), a, b, _per_token(gate, x), scale, dropout)
     return delta.view(*x.shape[:-1], delta.shape[-1])
 
 
@@ -92,20 +92,16 @@ def _per_token(gate: Tensor | None, x: Tensor) -> Tensor | None:
     return gate.expand(*x.shape[:-1], 1).reshape(-1, 1)
 
 
-def dropout_mask(shape: torch.Size, p: float, seed: int, device: torch.device) -> Tensor:
-    """The mask that `seed` stands for: bool, True where an input is kept."""
-    generator = torch.Generator(device).manual_seed(seed)
-    return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - p, generator=generator)
-
-
-def _low_rank(x: Tensor, a: Tensor, factor: Tensor | float, mask: Tensor | None) -> Tensor:
+def _low_rank(x: Tensor, a: Tensor, factor: Tensor | float, dropout: DropoutMask | None) -> Tensor:
     """`(dropout(x) A^T) * factor`: `[N, r]`."""
-    return ((x if mask is None else x * mask) @ a.to(x.dtype).T).mul_(factor)
+    if dropout is not None:
+        x = x * spread(dropout.bits, x.shape, x.dtype)
+    return (x @ a.to(x.dtype).T).mul_(factor)
 
 
-def _factor(gate: Tensor | None, scale: float, dropout: float, dtype: torch.dtype) -> Tensor | float:
+def _factor(gate: Tensor | None, scale: float, dropout: DropoutMask | None, dtype: torch.dtype) -> Tensor | float:
     """Everything that multiplies a token's rank-r product: `[N, 1]`, or one number for all."""
-    scale = scale / (1 - dropout)
+    scale = scale if dropout is None else scale * dropout.factor
     return scale if gate is None else (gate * scale).to(dtype)
 
 
@@ -113,20 +109,20 @@ class _Update(torch.autograd.Function):
     """What both operations share: what is kept, and the gradients of A, B and x."""
 
     @staticmethod
-    def keep(ctx: Any, x: Tensor, a: Tensor, b: Tensor, u: Tensor, factor: Tensor | float, trains_a: bool) -> tuple:
-        """Tensors for `save_for_backward`; x only where the gradient of A will read it."""
+    def keep(ctx: Any, x: Tensor, a: Tensor, b: Tensor, u: Tensor, factor: Tensor | float, dropout: Any, trained: bool):
+        """Tensors for `save_for_backward`; x only where the gradient of A, if that is `trained`, will read it."""
         ctx.shape = x.shape
         ctx.factor, gate = (None, factor) if isinstance(factor, Tensor) else (factor, None)
-        return x if trains_a else None, a, b, u, gate
+        return x if trained else None, a, b, u, gate, None if dropout is None else dropout.bits
 
     @staticmethod
     def grads(ctx: Any, grad: Tensor, kept: tuple, grad_x: Tensor | None) -> tuple[Tensor | None, Tensor]:
         """Gradients of A and B; that of x is added in place onto `grad_x`, where it is wanted."""
-        x, a, b, u, gate = kept
+        x, a, b, u, gate, bits = kept
         grad_b = (u.T @ grad).T.to(b.dtype)
         # with B laid out like this the thin product is several times faster than as it is stored
         grad_u = (grad @ b.to(grad.dtype).T.contiguous().T).mul_(ctx.factor if gate is None else gate)
-        mask = dropout_mask(ctx.shape, *ctx.dropout, grad.device) if ctx.dropout[0] else None
+        mask = None if bits is None else spread(bits, ctx.shape, grad.dtype)
         grad_a = None
         if x is not None:
             grad_a = (grad_u.T @ (x if mask is None else x * mask)).to(a.dtype)
@@ -134,20 +130,18 @@ class _Update(torch.autograd.Function):
             if mask is None:
                 grad_x.addmm_(grad_u, a.to(grad.dtype))
             else:
-                grad_x.addcmul_(grad_u @ a.to(grad.dtype), mask.to(grad.dtype))
+                grad_x.addcmul_(grad_u @ a.to(grad.dtype), mask)
         return grad_a, grad_b
 
 
 class _GatedLinear(_Update):
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, a, b, gate, scale, dropout, seed):
-        mask = dropout_mask(x.shape, dropout, seed, x.device) if dropout else None
+    def forward(ctx: Any, x, weight, bias, a, b, gate, scale, dropout):
         factor = _factor(gate, scale, dropout, x.dtype)
         y = F.linear(x, weight, bias)
-        u = _low_rank(x, a, factor, mask)
+        u = _low_rank(x, a, factor, dropout)
         y.addmm_(u, b.to(y.dtype).T)
-        ctx.dropout = (dropout, seed)
-        ctx.save_for_backward(weight, *_Update.keep(ctx, x, a, b, u, factor, ctx.needs_input_grad[3]))
+        ctx.save_for_backward(weight, *_Update.keep(ctx, x, a, b, u, factor, dropout, ctx.needs_input_grad[3]))
         return y
 
     @staticmethod
@@ -156,17 +150,15 @@ class _GatedLinear(_Update):
         weight, *kept = ctx.saved_tensors
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
         grad_a, grad_b = _Update.grads(ctx, grad, tuple(kept), grad_x)
-        return grad_x, None, None, grad_a, grad_b, None, None, None, None
+        return grad_x, None, None, grad_a, grad_b, None, None, None
 
 
 class _GatedDelta(_Update):
     @staticmethod
-    def forward(ctx: Any, x, a, b, gate, scale, dropout, seed):
-        mask = dropout_mask(x.shape, dropout, seed, x.device) if dropout else None
+    def forward(ctx: Any, x, a, b, gate, scale, dropout):
         factor = _factor(gate, scale, dropout, x.dtype)
-        u = _low_rank(x, a, factor, mask)
-        ctx.dropout = (dropout, seed)
-        ctx.save_for_backward(*_Update.keep(ctx, x, a, b, u, factor, ctx.needs_input_grad[1]))
+        u = _low_rank(x, a, factor, dropout)
+        ctx.save_for_backward(*_Update.keep(ctx, x, a, b, u, factor, dropout, ctx.needs_input_grad[1]))
         return u @ b.to(u.dtype).T
 
     @staticmethod
@@ -174,4 +166,4 @@ class _GatedDelta(_Update):
     def backward(ctx: Any, grad: Tensor):
         grad_x = grad.new_zeros(ctx.shape) if ctx.needs_input_grad[0] else None
         grad_a, grad_b = _Update.grads(ctx, grad, ctx.saved_tensors, grad_x)
-        return grad_x, grad_a, grad_b, None, None, None, None
+        return grad_x, grad_a, grad_b, None, None, None

@@ -15,8 +15,8 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from monkeyjump.ops.low_rank import gated_delta, gated_linear
-from monkeyjump.tuner.gates import CANNOT_MERGE, AppliesGate, RoutedLora, draw_seed, gate_of
+from monkeyjump.ops import DropoutMask, gated_delta, gated_linear
+from monkeyjump.tuner.gates import CANNOT_MERGE, AppliesGate, RoutedLora, gate_of
 
 
 class FusedLoraLinear(LoraLinear):
@@ -80,25 +80,25 @@ def _has_plain_update(layer: Any, adapter: str) -> bool:
 def _fused(layer: Any, adapter: str, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     gate = gate_of(layer, adapter)
     m = None if gate is None else gate(x)
-    p, seed = _dropout(layer, adapter, x)
+    dropout = _dropout(layer, adapter, x)
     base = layer.base_layer
     if m is not None and m.requires_grad:  # a trainable router: the gate's own gradient is left to autograd
         y = base(x)
-        return y + gated_delta(x.to(y.dtype), a, b, None, scale, p, seed) * m.to(y.dtype)
+        return y + gated_delta(x.to(y.dtype), a, b, None, scale, dropout) * m.to(y.dtype)
     if not _is_plain(base, x):
         y = base(x)
-        return y + gated_delta(x.to(y.dtype), a, b, m, scale, p, seed)
+        return y + gated_delta(x.to(y.dtype), a, b, m, scale, dropout)
     weight = base.weight.T if isinstance(base, Conv1D) else base.weight
-    return gated_linear(x, weight, base.bias, a, b, m, scale, p, seed)
+    return gated_linear(x, weight, base.bias, a, b, m, scale, dropout)
 
 
-def _dropout(layer: Any, adapter: str, x: Tensor) -> tuple[float, int]:
-    """p and seed of the dropout on the adapter's input; p is 0 outside training."""
+def _dropout(layer: Any, adapter: str, x: Tensor) -> DropoutMask | None:
+    """The mask of the dropout on the adapter's input; None where there is none."""
     module = layer.lora_dropout[adapter]
     if not (isinstance(module, nn.Dropout) and module.training and module.p):
-        return 0.0, 0
+        return None
     box = layer.__dict__.get("jump_box")
-    return module.p, draw_seed() if box is None else box.dropout_seed(x)
+    return DropoutMask.draw(x, module.p) if box is None else box.dropout_mask(x, module.p)
 
 
 def _is_plain(base: Any, x: Tensor) -> bool:

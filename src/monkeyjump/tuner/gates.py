@@ -18,6 +18,7 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from monkeyjump.ops import DropoutMask
 from monkeyjump.tuner.methods import ADDS_IN_PLACE, BYPASSES_BASE
 
 CANNOT_MERGE = (
@@ -31,7 +32,7 @@ class GateBox:
 
     def __init__(self) -> None:
         self.gates: dict[str, Tensor] | None = None
-        self._drawn: tuple[Tensor, int] | None = None
+        self._drawn: tuple[Tensor, DropoutMask] | None = None
 
     def __getstate__(self) -> dict:
         return {"gates": None, "_drawn": None}  # activations: not for pickle or deepcopy
@@ -45,16 +46,11 @@ class GateBox:
         finally:
             self.gates, self._drawn = outer, None
 
-    def dropout_seed(self, x: Tensor) -> int:
-        """What the dropout mask of `x` is drawn from: layers that read the same `x` share one mask."""
-        if self._drawn is None or self._drawn[0] is not x:
-            self._drawn = (x, draw_seed())
+    def dropout_mask(self, x: Tensor, p: float) -> DropoutMask:
+        """The mask of `x`: layers of the block that read the same `x` share one (rule 8)."""
+        if self._drawn is None or self._drawn[0] is not x or self._drawn[1].p != p:
+            self._drawn = (x, DropoutMask.draw(x, p))
         return self._drawn[1]
-
-
-def draw_seed() -> int:
-    """A seed from the global CPU generator, which checkpointing and Trainer's resume restore."""
-    return int(torch.randint(2**62, ()))
 
 
 class Gate:
