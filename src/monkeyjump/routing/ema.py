@@ -39,8 +39,7 @@ class CenterStatistics:
         states, weight = states.float(), assigned.float()
         norms = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
         finite = norms.isfinite()  # one state that is not would stay in a center for ever
-        if states.is_cuda or not finite.all():  # on a GPU asking would wait for it
-            states, norms, weight = torch.where(finite, states, 0), torch.where(finite, norms, 1), weight * finite
+        states, norms, weight = torch.where(finite, states, 0), torch.where(finite, norms, 1), weight * finite
         counts = weight.sum(0)
         if space == "sphere":  # the sum of unit vectors, without a normalized copy of the states
             weight = weight / norms.clamp_min(1e-12)
