@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest -n 2
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,report,dev]'
 	touch $@
 
 install: $(VENV)/installed  ## make the virtual environment and install everything into it

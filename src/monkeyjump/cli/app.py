@@ -8,6 +8,7 @@ import traceback
 
 import typer
 
+from monkeyjump.cli.bench import bench
 from monkeyjump.cli.demo import demo
 from monkeyjump.tasks.errors import InputError
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(demo)
+app.command()(bench)
 
 
 @app.callback()
@@ -61,7 +63,7 @@ def _report(error: Exception) -> int:
     if isinstance(error, InputError):
         return _say(str(error), error.hint, EXIT_BAD_INPUT)
     if isinstance(error, _UsageError):
-        return _say(error.format_message(), "monkeyjump demo --help lists the options", EXIT_BAD_INPUT)  # type: ignore[attr-defined]
+        return _say(error.format_message(), "add --help to the command for its options", EXIT_BAD_INPUT)  # type: ignore[attr-defined]
     reason = f"{type(error).__name__}: {error}"
     return _say(reason, "add --debug for the traceback", EXIT_FAILED)
 

@@ -1,0 +1,152 @@
+"""The candidates: a name -> a model with the adapters of that name, all over the same frozen weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers.pytorch_utils import Conv1D
+
+from monkeyjump import CenterUpdate, MonkeyJumpConfig
+from monkeyjump.bench.settings import FLOOR, Settings
+from monkeyjump.tasks.errors import InputError, near_miss
+
+# AdaLoRA wants to know how long training is; a benchmark must not come to the end of it
+TOTAL_STEPS = 1_000_000
+
+
+@dataclass
+class Candidate:
+    """A model ready to train, and the optimizer of its adapters (None for the floor, which has none)."""
+
+    name: str
+    model: Any
+    optimizer: torch.optim.Optimizer | None
+
+
+def load_base(settings: Settings) -> Any:
+    """The frozen base model, in its dtype and on its device."""
+    torch.manual_seed(settings.seed)
+    dtype = getattr(torch, settings.dtype)
+    if settings.model is None:
+        model = AutoModelForCausalLM.from_config(_llama_config(settings), dtype=dtype)
+    else:
+        model = _load(settings.model, dtype)
+        _check_positions(model.config, settings)
+    return model.requires_grad_(False).to(settings.device)
+
+
+def _llama_config(settings: Settings) -> LlamaConfig:
+    shape = settings.shape
+    return LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=max(512, settings.positions),
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def _load(name: str, dtype: torch.dtype) -> Any:
+    try:
+        AutoConfig.from_pretrained(name)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--model: '{name}' cannot be read: {str(error).splitlines()[0]}",
+            hint="give a folder with config.json and safetensors weights, a Hub id, or leave it out for random weights",
+        ) from error
+
+
+def _check_positions(config: Any, settings: Settings) -> None:
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)  # models without positions have none
+    if most is not None and settings.positions > most:
+        raise InputError(
+            f"--length: {settings.length} and {settings.decode_tokens} decoded tokens are more than the model's {most}",
+            hint=f"--length {most - settings.decode_tokens} at most",
+        )
+
+
+def check_targets(base: nn.Module, targets: tuple[str, ...]) -> None:
+    """Raises InputError for a target that is no linear layer of the model."""
+    found = {name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    for target in targets:
+        if target not in found:
+            raise InputError(
+                f"--targets: the model has no linear layer '{target}'",
+                hint=near_miss(target, found, "its linear layers"),
+            )
+
+
+def build(name: str, base: nn.Module, settings: Settings, center_init: str = "random") -> Candidate:
+    """The candidate `name` over the weights of `base`, which it shares and does not change.
+
+    Args:
+        center_init: of the routed candidates.
+    """
+    model = copy.deepcopy(base, {id(p): p for p in base.parameters()})
+    torch.manual_seed(settings.seed)
+    if name == FLOOR or settings.input_gradients:
+        model.enable_input_require_grads()  # type: ignore[operator]
+    if name == FLOOR:
+        return Candidate(name, model.train(), None)
+    try:
+        model = get_peft_model(model, _config(name, settings, center_init))
+    except ValueError as error:
+        raise InputError(f"{name} cannot be built: {error}", hint="change --targets, --rank or --candidates") from error
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return Candidate(name, model.train(), _optimizer(model, settings))
+
+
+def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """AdamW; a routed model's centers follow its steps, and its routers gather for them in every pass."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    if isinstance(model.peft_config["default"], MonkeyJumpConfig):  # type: ignore[index]
+        CenterUpdate(every=2, until=TOTAL_STEPS).attach(model, optimizer, total_steps=TOTAL_STEPS)
+    elif isinstance(model.peft_config["default"], AdaLoraConfig):  # type: ignore[index]
+        optimizer.register_step_post_hook(_rank_schedule(model))
+    return optimizer
+
+
+def _rank_schedule(model: Any) -> Callable[..., None]:
+    """AdaLoRA's allocation after every step, as PEFT asks a training loop to call it."""
+    done = 0
+
+    def after_step(*_: Any) -> None:
+        nonlocal done
+        done += 1
+        model.base_model.update_and_allocate(done)
+
+    return after_step
+
+
+def _config(name: str, settings: Settings, center_init: str) -> PeftConfig:
+    base = name.partition("-")[2].replace("-", "_")
+    fields = {"target_modules": list(settings.targets), **_base_fields(base, settings)}
+    if name.startswith("mj-"):
+        fields["center_init"] = center_init
+        return MonkeyJumpConfig(base=base, **fields)
+    return {"lora": LoraConfig, "adalora": AdaLoraConfig}[base](**fields)
+
+
+def _base_fields(base: str, settings: Settings) -> dict[str, Any]:
+    low_rank = {"lora_alpha": settings.alpha, "lora_dropout": settings.dropout}
+    if base == "adalora":  # its ranks start above the one that they end with
+        ranks = {"init_r": math.ceil(1.5 * settings.rank), "target_r": settings.rank}
+        return {**low_rank, **ranks, "total_step": TOTAL_STEPS}
+    if base == "propulsion":
+        return {}
+    return {**low_rank, "r": settings.rank}
