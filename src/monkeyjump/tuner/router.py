@@ -22,6 +22,7 @@ from monkeyjump.routing.ema import CenterStatistics
 from monkeyjump.routing.gates import gates_from_logits, similarity_logits, top_k_mask
 from monkeyjump.routing.pooling import pool
 from monkeyjump.tuner.gates import GateBox
+from monkeyjump.tuner.targets import matches
 
 LATE_INITS = ("kmeans", "random_tokens")  # centers that `initialize_centers` must make first
 DECISIONS = "_monkeyjump_decisions"  # attribute of a KV cache: what was decided on its prompt
@@ -212,7 +213,7 @@ class Router(nn.Module, BaseTunerLayer):
             if experts is None:
                 on = [task % len(slots)]
             elif task in experts:
-                on = [i for i, slot in enumerate(slots) if any(_names(n, slot) for n in experts[task])]
+                on = [i for i, slot in enumerate(slots) if matches(slot, experts[task])]
             else:
                 raise ValueError(f"task_ids holds {task}, which task_experts does not map: it has {sorted(experts)}")
             rows.append([float(i in on) for i in range(len(slots))])
@@ -303,10 +304,6 @@ def _per_center(chosen: Tensor, centers: int) -> Tensor:
         return chosen
     own = torch.arange(experts, device=chosen.device) % centers
     return torch.stack([chosen[..., own == c].any(-1) for c in range(centers)], dim=-1)
-
-
-def _names(name: str, slot: str) -> bool:
-    return slot == name or slot.endswith("." + name)
 
 
 def _float32_region(hidden: Tensor) -> torch.autocast:
