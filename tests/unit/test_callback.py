@@ -201,3 +201,31 @@ def test_a_copy_made_in_training_is_in_nobodys_training(tmp_path: Path) -> None:
     twin.save_pretrained(tmp_path)
     assert not any("training_state" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
     assert all(r.pending for r in routers(model))
+
+
+@pytest.mark.parametrize("place", ["before forward", "before backward", "after step"])
+def test_it_does_not_matter_where_a_loop_clears_its_gradients(place: str) -> None:
+    results = []
+    for where in (place, "after step"):
+        model = routed(llama()).train()
+        optimizer = torch.optim.SGD(trainable(model).values(), lr=0.1)
+        CenterUpdate(every=2, until=10).attach(model, optimizer)
+        for step in range(4):
+            if where == "before forward":
+                optimizer.zero_grad()
+            loss = model(tokens(seed=step), labels=tokens(seed=step)).loss
+            if where == "before backward":
+                optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if where == "after step":
+                optimizer.zero_grad()
+        results.append(centers_of(model))
+    assert torch.equal(*results)
+
+
+def test_an_optimizer_without_anything_to_train_is_refused(tmp_path: Path) -> None:
+    routed(llama()).save_pretrained(tmp_path)
+    frozen = PeftModel.from_pretrained(llama(), tmp_path)
+    with pytest.raises(ValueError, match="no parameter that trains.*is_trainable=True"):
+        CenterUpdate(until=5).attach(frozen, torch.optim.SGD(frozen.parameters(), lr=0.1))

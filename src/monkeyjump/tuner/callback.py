@@ -52,6 +52,7 @@ class CenterUpdate(TrainerCallback):
         self.every, self.until = every, until
         self.completed = 0
         self.last: int | None = until if steps else None  # type: ignore[assignment]
+        self._has_gradients = False  # since the last step
         self._undo: list[Callable[[], Any]] = []
         self._routers: list[Router] = []
         self._adalora: AdaLoraModel | None = None
@@ -75,23 +76,34 @@ class CenterUpdate(TrainerCallback):
         """
         self._begin(model, total_steps, completed)
         inner = getattr(optimizer, "optimizer", optimizer)
-        self._undo = [inner.register_step_post_hook(self._after_step).remove, self._watch_zero_grad(inner)]
+        self._undo = [inner.register_step_post_hook(self._after_step).remove, *self._watch_gradients(inner)]
         return self
 
     def detach(self) -> None:
         """Stop, and take the hooks off the optimizer."""
         self._stop()
 
-    def _watch_zero_grad(self, optimizer: Any) -> Callable[[], None]:
-        """A gradient that is cleared without a step took its statistics with it: a scaler skipped the step."""
+    def _watch_gradients(self, optimizer: Any) -> list[Callable[[], Any]]:
+        """Gradients that came and are cleared without a step: a scaler skipped it, and their statistics go, too.
+
+        Clearing between forward and backward, before any gradient of this step, is no such case.
+        """
         original = optimizer.zero_grad
+        trained = next((p for group in optimizer.param_groups for p in group["params"] if p.requires_grad), None)
+        if trained is None:
+            raise ValueError("the optimizer has no parameter that trains; load the adapter with is_trainable=True")
 
         def zero_grad(*args: Any, **kwargs: Any) -> None:
-            self.skip()
+            if self._has_gradients:
+                self.skip()
             original(*args, **kwargs)
 
+        def note(parameter: Tensor) -> None:
+            self._has_gradients = True
+
         optimizer.zero_grad = zero_grad
-        return lambda: optimizer.__dict__.pop("zero_grad", None)
+        handle = trained.register_post_accumulate_grad_hook(note)
+        return [handle.remove, lambda: optimizer.__dict__.pop("zero_grad", None)]
 
     def _after_step(self, optimizer: Any, args: tuple, kwargs: dict) -> None:
         self._allocate_ranks(self.completed + 1)
@@ -99,6 +111,7 @@ class CenterUpdate(TrainerCallback):
 
     def step(self) -> None:
         """One optimizer step was completed."""
+        self._has_gradients = False
         self.completed += 1
         due = self.completed % self.every == 0
         for router in self._routers:
@@ -112,6 +125,7 @@ class CenterUpdate(TrainerCallback):
 
     def skip(self) -> None:
         """The optimizer refused a step: forget what was gathered for it."""
+        self._has_gradients = False
         for router in self._routers:
             router.pending.clear()
 
