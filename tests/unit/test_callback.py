@@ -227,5 +227,5 @@ def test_it_does_not_matter_where_a_loop_clears_its_gradients(place: str) -> Non
 def test_an_optimizer_without_anything_to_train_is_refused(tmp_path: Path) -> None:
     routed(llama()).save_pretrained(tmp_path)
     frozen = PeftModel.from_pretrained(llama(), tmp_path)
-    with pytest.raises(ValueError, match="no parameter that trains.*is_trainable=True"):
+    with pytest.raises(ValueError, match=r"no parameter that trains.*is_trainable=True"):
         CenterUpdate(until=5).attach(frozen, torch.optim.SGD(frozen.parameters(), lr=0.1))

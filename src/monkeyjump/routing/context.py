@@ -8,8 +8,6 @@ model and on the model that directly holds the blocks push a `Frame`; the blocks
 from __future__ import annotations
 
 import inspect
-import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +18,6 @@ from torch import Tensor, nn
 
 from monkeyjump.routing.pooling import Granularity, end_of_length, prompt_end
 
-logger = logging.getLogger("monkeyjump")
 OURS = {"mj_prompt_lengths": "prompt_lengths", "task_ids": "task_ids", "mj_task_ids": "task_ids"}
 CACHE_KEYWORDS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
@@ -109,15 +106,11 @@ class ForwardContext:
         finally:
             self.frames.pop()
 
-    def warn_once(self, key: str, message: str) -> None:
-        if key not in self.warned:
-            self.warned.add(key)
-            warnings.warn(message, stacklevel=2)
-
-    def log_once(self, key: str, message: str) -> None:
-        if key not in self.warned:
-            self.warned.add(key)
-            logger.warning(message)
+    def first_time(self, key: str) -> bool:
+        """Whether `key` is asked for the first time: what deserves a word deserves one only."""
+        new = key not in self.warned
+        self.warned.add(key)
+        return new
 
     # ------------------------------------------------------------------ questions
 

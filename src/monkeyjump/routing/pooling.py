@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 Granularity = Literal["token", "last", "mean", "max", "prompt_end", "task"]
-SEQUENCE_GRANULARITIES = ("last", "mean", "max", "prompt_end", "task")
 IGNORED_LABEL = -100  # transformers' mark of a position without supervision
 
 

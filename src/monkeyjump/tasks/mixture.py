@@ -38,10 +38,6 @@ class Mixture:
     cut: Counter[str]
     overlap: Counter[str] = field(default_factory=Counter)
 
-    @property
-    def train_tokens(self) -> int:
-        return sum(len(row["input_ids"]) for row in self.train)
-
 
 def mix(tasks: Sequence[LoadedTask], tokenizer: Any) -> Mixture:
     """Encodes every task. A training row whose prompt, after cutting, is a test prompt goes out, counted."""

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from monkeyjump.routing.pooling import IGNORED_LABEL
 from monkeyjump.tuner.model import RoutedTuner, routers
 from monkeyjump.tuner.state import TrainingState, key_of, split_training_state
+
+logger = logging.getLogger("monkeyjump")
 
 ALLOCATOR = "rank_allocator"
 AVERAGES = ("exp_avg_ipt", "exp_avg_unc")  # what RankAllocator carries from step to step
@@ -91,10 +94,8 @@ class OrthogonalityPenalty:
         if layer.disable_adapters or self.adapter not in layer.active_adapters:
             return False
         router = routers(model)[0]
-        if router.schedule is None:
-            router.context.log_once(
-                "ranks", "AdaLoRA trains without its rank schedule; pass a CenterUpdate to Trainer, or attach one"
-            )
+        if router.schedule is None and router.context.first_time("ranks"):
+            logger.warning("AdaLoRA trains without its rank schedule; pass a CenterUpdate to Trainer, or attach one")
         return True
 
 

@@ -115,7 +115,7 @@ class RoutedTuner(_Tuner):
         names = kwargs.get("adapter_names")
         if names is not None and not self.takes_mixed_batches:
             raise ValueError(f"adapter_names={names!r}: this method takes one adapter per batch; use set_adapter")
-        if names is None:  # nothing to do, and nothing for torch.compile to trace
+        if names is None and kwargs.get("alora_offsets") is None:  # nothing to do, or for torch.compile to trace
             yield
             return
         with super()._enable_peft_forward_hooks(*args, **kwargs), routing_inputs(self.model, adapter_names=names):

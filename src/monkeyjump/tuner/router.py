@@ -6,6 +6,7 @@ activates, disables and deletes it with the adapters that it routes.
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -232,9 +233,8 @@ class Router(nn.Module, BaseTunerLayer):
             raise RuntimeError(
                 f"center_init={config.center_init!r}: the centers of {self.name} are not there yet; {remedy}"
             )
-        self.context.warn_once(
-            f"ready {adapter}", f"adapter {adapter!r} routes with centers never initialized; {remedy}"
-        )
+        if self.context.first_time(f"ready {adapter}"):
+            warnings.warn(f"adapter {adapter!r} routes with centers never initialized; {remedy}", stacklevel=2)
 
     def _check_whole_prompt(self, config: MonkeyJumpConfig, attended: Tensor | None) -> None:
         """Sequence modes decide on whole, single sequences (rule 7)."""
