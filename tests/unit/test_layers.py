@@ -83,3 +83,14 @@ def test_siblings_that_read_the_same_input_share_one_dropout_mask() -> None:
     assert len(masks) == 3
     assert masks[0] is masks[1]
     assert not torch.equal(masks[1].bits, masks[2].bits)
+
+
+def test_alora_leaves_the_tokens_before_its_invocation_alone() -> None:
+    """PEFT hands the offsets on through the tuner's own forward hooks."""
+    model = routed(llama(), task_type="CAUSAL_LM", alora_invocation_tokens=[7, 8]).eval()
+    ids = torch.tensor([[3, 4, 5, 7, 8, 9, 10]])
+    with model.disable_adapter():
+        bare = model(input_ids=ids).logits
+    routed_logits = model(input_ids=ids).logits
+    torch.testing.assert_close(routed_logits[:, :3], bare[:, :3])
+    assert not torch.allclose(routed_logits[:, 3:], bare[:, 3:])
