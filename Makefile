@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -n 2
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all lint types format clean
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt $(wildcard src/monkeyjump/native/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,report,dev]'
 	touch $@

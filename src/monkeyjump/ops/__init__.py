@@ -2,5 +2,13 @@
 
 from monkeyjump.ops.dropout import DropoutMask
 from monkeyjump.ops.low_rank import gated_delta, gated_linear, gated_linear_reference
+from monkeyjump.ops.scale import gated_scale, gated_scale_reference
 
-__all__ = ["DropoutMask", "gated_delta", "gated_linear", "gated_linear_reference"]
+__all__ = [
+    "DropoutMask",
+    "gated_delta",
+    "gated_linear",
+    "gated_linear_reference",
+    "gated_scale",
+    "gated_scale_reference",
+]

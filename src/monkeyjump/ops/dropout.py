@@ -13,6 +13,8 @@ import functools
 import torch
 from torch import Tensor
 
+from monkeyjump import native
+
 DIGITS = 16  # binary digits of the keep probability: it is exact to 1 / 65,536
 
 
@@ -33,16 +35,26 @@ class DropoutMask:
         """A mask for `x`, from the global generator of its device (which checkpointing restores)."""
         words = -(-x.numel() // 64)
         keep = round((1 - p) * 2**DIGITS)
-        bits = torch.zeros(words, dtype=torch.int64, device=x.device)
-        for digit in range(DIGITS):  # from the least significant: P(1) = keep / 2^16 after the last
-            fresh = torch.empty_like(bits).random_(-(2**63), None)
-            bits = bits | fresh if keep >> digit & 1 else bits & fresh
+        if x.device.type == "cpu" and native.is_there():
+            seed = int(torch.empty((), dtype=torch.int64).random_(-(2**63), None))
+            bits = native.draw_bits(seed, keep, words)
+        else:
+            bits = _draw_words(words, keep, x.device)
         return cls(bits.view(torch.uint8), x.shape, p)
 
     @property
     def factor(self) -> float:
         """What kept elements are multiplied by."""
         return 1 / (1 - self.p)
+
+
+def _draw_words(words: int, keep: int, device: torch.device) -> Tensor:
+    """`[words]` int64 whose bits are each 1 with probability keep / 2^DIGITS."""
+    bits = torch.zeros(words, dtype=torch.int64, device=device)
+    for digit in range(DIGITS):  # from the least significant: P(1) = keep / 2^16 after the last
+        fresh = torch.empty_like(bits).random_(-(2**63), None)
+        bits = bits | fresh if keep >> digit & 1 else bits & fresh
+    return bits
 
 
 def spread(bits: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

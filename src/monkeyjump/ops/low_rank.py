@@ -6,9 +6,10 @@
 
 Autograd on the same formula keeps the dropped input and its mask, casts x to the adapter's dtype once
 for every adapter that reads it, and passes over [N, d_out] and [N, d_in] once for the sum of base and
-update each. Here the update is added in place onto the base output, the gradient of x is accumulated in
-one buffer, x itself is kept (siblings that read the same x keep the same storage), a dropout mask is
-kept as bits, and where A is frozen (LoRA-FA) only the rank-r product is kept.
+update each. Here the update is written first and the base product accumulated onto it, which costs a
+BLAS nothing; the gradient of x comes about in the same way. x itself is kept (siblings that read the
+same x keep the same storage), a dropout mask is kept as bits, and where A is frozen (LoRA-FA) only the
+rank-r product is kept. In float32 on a CPU the thin products are kernels of `monkeyjump.native`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from monkeyjump import native
 from monkeyjump.ops.dropout import DropoutMask, spread
 
 
@@ -92,21 +94,27 @@ def _per_token(gate: Tensor | None, x: Tensor) -> Tensor | None:
     return gate.expand(*x.shape[:-1], 1).reshape(-1, 1)
 
 
-def _low_rank(x: Tensor, a: Tensor, factor: Tensor | float, dropout: DropoutMask | None) -> Tensor:
-    """`(dropout(x) A^T) * factor`: `[N, r]`."""
-    if dropout is not None:
-        x = x * spread(dropout.bits, x.shape, x.dtype)
-    return (x @ a.to(x.dtype).T).mul_(factor)
-
-
 def _factor(gate: Tensor | None, scale: float, dropout: DropoutMask | None, dtype: torch.dtype) -> Tensor | float:
     """Everything that multiplies a token's rank-r product: `[N, 1]`, or one number for all."""
     scale = scale if dropout is None else scale * dropout.factor
-    return scale if gate is None else (gate * scale).to(dtype)
+    return scale if gate is None else (gate * scale).to(dtype).contiguous()
+
+
+def _update(
+    x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, factor: Tensor | float, bits: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`y = u B^T + bias` `[N, d_out]` and `u = (dropout(x) A^T) * factor` `[N, r]`."""
+    if native.serves_update(a, b, x, bias):
+        return native.low_rank_forward(x, a, b, bias, factor, bits)
+    if bits is not None:
+        x = x * spread(bits, x.shape, x.dtype)
+    u = (x @ a.to(x.dtype).T).mul_(factor)
+    b = b.to(u.dtype)
+    return u @ b.T if bias is None else torch.addmm(bias, u, b.T), u
 
 
 class _Update(torch.autograd.Function):
-    """What both operations share: what is kept, and the gradients of A, B and x."""
+    """What both operations share: what is kept, and the update's gradients."""
 
     @staticmethod
     def keep(ctx: Any, x: Tensor, a: Tensor, b: Tensor, u: Tensor, factor: Tensor | float, dropout: Any, trained: bool):
@@ -116,31 +124,32 @@ class _Update(torch.autograd.Function):
         return x if trained else None, a, b, u, gate, None if dropout is None else dropout.bits
 
     @staticmethod
-    def grads(ctx: Any, grad: Tensor, kept: tuple, grad_x: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        """Gradients of A and B; that of x is added in place onto `grad_x`, where it is wanted."""
+    def grads(ctx: Any, grad: Tensor, kept: tuple) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Gradients of x, A and B: the first two where they are wanted."""
         x, a, b, u, gate, bits = kept
+        factor, wants_x = ctx.factor if gate is None else gate, ctx.needs_input_grad[0]
+        if native.serves_update(a, b, grad, x):
+            return native.low_rank_backward(grad, x, a, b, u, factor, bits, wants_x)
         grad_b = (u.T @ grad).T.to(b.dtype)
         # with B laid out like this the thin product is several times faster than as it is stored
-        grad_u = (grad @ b.to(grad.dtype).T.contiguous().T).mul_(ctx.factor if gate is None else gate)
+        grad_u = (grad @ b.to(grad.dtype).T.contiguous().T).mul_(factor)
         mask = None if bits is None else spread(bits, ctx.shape, grad.dtype)
-        grad_a = None
+        grad_a = grad_x = None
         if x is not None:
             grad_a = (grad_u.T @ (x if mask is None else x * mask)).to(a.dtype)
-        if grad_x is not None:
-            if mask is None:
-                grad_x.addmm_(grad_u, a.to(grad.dtype))
-            else:
-                grad_x.addcmul_(grad_u @ a.to(grad.dtype), mask)
-        return grad_a, grad_b
+        if wants_x:
+            grad_x = grad_u @ a.to(grad.dtype)
+            if mask is not None:
+                grad_x.mul_(mask)
+        return grad_x, grad_a, grad_b
 
 
 class _GatedLinear(_Update):
     @staticmethod
     def forward(ctx: Any, x, weight, bias, a, b, gate, scale, dropout):
         factor = _factor(gate, scale, dropout, x.dtype)
-        y = F.linear(x, weight, bias)
-        u = _low_rank(x, a, factor, dropout)
-        y.addmm_(u, b.to(y.dtype).T)
+        y, u = _update(x, a, b, bias, factor, None if dropout is None else dropout.bits)
+        y.addmm_(x, weight.T)
         ctx.save_for_backward(weight, *_Update.keep(ctx, x, a, b, u, factor, dropout, ctx.needs_input_grad[3]))
         return y
 
@@ -148,8 +157,9 @@ class _GatedLinear(_Update):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):
         weight, *kept = ctx.saved_tensors
-        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
-        grad_a, grad_b = _Update.grads(ctx, grad, tuple(kept), grad_x)
+        grad_x, grad_a, grad_b = _Update.grads(ctx, grad, tuple(kept))
+        if grad_x is not None:
+            grad_x.addmm_(grad, weight)
         return grad_x, None, None, grad_a, grad_b, None, None, None
 
 
@@ -157,13 +167,11 @@ class _GatedDelta(_Update):
     @staticmethod
     def forward(ctx: Any, x, a, b, gate, scale, dropout):
         factor = _factor(gate, scale, dropout, x.dtype)
-        u = _low_rank(x, a, factor, dropout)
+        y, u = _update(x, a, b, None, factor, None if dropout is None else dropout.bits)
         ctx.save_for_backward(*_Update.keep(ctx, x, a, b, u, factor, dropout, ctx.needs_input_grad[1]))
-        return u @ b.to(u.dtype).T
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):
-        grad_x = grad.new_zeros(ctx.shape) if ctx.needs_input_grad[0] else None
-        grad_a, grad_b = _Update.grads(ctx, grad, ctx.saved_tensors, grad_x)
-        return grad_x, grad_a, grad_b, None, None, None
+        return *_Update.grads(ctx, grad, ctx.saved_tensors), None, None, None

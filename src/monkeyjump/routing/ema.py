@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from monkeyjump import native
+
 EmaSpace = Literal["sphere", "raw", "mixed"]
 EmaAssignment = Literal["topk", "top1"]
 
@@ -36,7 +38,10 @@ class CenterStatistics:
             assigned: bool `[N, C]`, the centers that each state counts for.
             space: `sphere` sums unit vectors, the others raw states.
         """
-        states, weight = states.float(), assigned.float()
+        states = states.float()
+        if native.serves(states):
+            return cls(*native.center_sums(states, assigned, unit=space == "sphere"))
+        weight = assigned.float()
         norms = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
         finite = norms.isfinite()  # one state that is not would stay in a center for ever
         states, norms, weight = torch.where(finite, states, 0), torch.where(finite, norms, 1), weight * finite

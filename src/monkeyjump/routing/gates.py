@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from monkeyjump import native
+
 Similarity = Literal["cosine", "dot", "euclidean", "l1"]
 GateNorm = Literal["none", "one", "k"]
 
@@ -31,9 +33,7 @@ def similarity_logits(states: Tensor, centers: Tensor, similarity: Similarity) -
     """
     flat, centers = states.reshape(-1, states.shape[-1]).float(), centers.float()
     if similarity == "cosine":
-        # dividing the product by the norms leaves no normalized copy of the states behind
-        norms = torch.linalg.vector_norm(flat, dim=-1, keepdim=True).clamp_min(1e-12)
-        logits = flat @ F.normalize(centers, dim=-1).T / norms
+        logits = _cosines(flat, F.normalize(centers, dim=-1))
     elif similarity == "dot":
         logits = flat @ centers.T
     elif similarity == "euclidean":
@@ -42,6 +42,16 @@ def similarity_logits(states: Tensor, centers: Tensor, similarity: Similarity) -
     else:
         logits = -torch.cdist(flat, centers, p=1.0)
     return logits.view(*states.shape[:-1], centers.shape[0])
+
+
+def _cosines(states: Tensor, centers: Tensor) -> Tensor:
+    """Cosine `[N, E]` of states `[N, d]` and unit centers `[E, d]`."""
+    # the product over the norms: no normalized copy of the states is left behind
+    if native.serves(states, centers) and not centers.requires_grad:
+        square, products = native.similarities(states, centers)
+        return products.mul_(square.clamp_min_(1e-24).rsqrt_())
+    norms = torch.linalg.vector_norm(states, dim=-1, keepdim=True).clamp_min(1e-12)
+    return states @ centers.T / norms
 
 
 def top_k_mask(logits: Tensor, k: int) -> Tensor:

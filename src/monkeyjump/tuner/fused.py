@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from monkeyjump.native import is_traced
 from monkeyjump.ops import DropoutMask, gated_delta, gated_linear
 from monkeyjump.tuner.gates import CANNOT_MERGE, AppliesGate, RoutedLora, gate_of
 
@@ -64,9 +65,7 @@ def fuse(layer: nn.Module) -> None:
 
 def _sole_adapter(layer: Any, args: tuple, kwargs: dict) -> str | None:
     """The one adapter that acts, or None where the fused operations do not serve."""
-    if args or kwargs or layer.disable_adapters or layer.merged or torch.compiler.is_compiling():
-        return None
-    if torch._C._are_functorch_transforms_active():
+    if args or kwargs or layer.disable_adapters or layer.merged or is_traced():
         return None
     active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
     return active[0] if len(active) == 1 else None
