@@ -24,7 +24,8 @@ def operands(dtype: torch.dtype = torch.float64, adapters: torch.dtype | None = 
     }
 
 
-GATES = {"none": None, "token": torch.rand(2, 3, 1).double(), "row": torch.rand(2, 1, 1).double()}
+SEEDED = torch.Generator().manual_seed(0)
+GATES = {"none": None, **{n: torch.rand(2, t, 1, generator=SEEDED).double() for n, t in (("token", 3), ("row", 1))}}
 
 
 def mask_for(x: Tensor, p: float) -> DropoutMask | None:

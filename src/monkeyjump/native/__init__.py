@@ -10,6 +10,7 @@ threads of torch, which is imported first: no second pool of threads fights with
 
 from monkeyjump.native.kernels import (
     center_sums,
+    cosines,
     draw_bits,
     is_there,
     is_traced,
@@ -19,11 +20,11 @@ from monkeyjump.native.kernels import (
     scale_forward,
     serves,
     serves_update,
-    similarities,
 )
 
 __all__ = [
     "center_sums",
+    "cosines",
     "draw_bits",
     "is_there",
     "is_traced",
@@ -33,5 +34,4 @@ __all__ = [
     "scale_forward",
     "serves",
     "serves_update",
-    "similarities",
 ]

@@ -44,15 +44,15 @@ def _is_plain(t: Tensor) -> bool:
 
 
 def low_rank_forward(
-    x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, factor: Tensor | float, bits: Tensor | None
+    x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, gate: Tensor | None, scale: float, bits: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`y = u B^T + bias` `[N, d_out]` and `u = (keep * x) A^T * factor` `[N, r]`.
+    """`y = u B^T + bias` `[N, d_out]` and `u = (keep * x) A^T * gate * scale` `[N, r]`.
 
     Args:
         x: `[N, d_in]`.
         a, b: `[r, d_in]`, `[d_out, r]`.
         bias: `[d_out]` or None.
-        factor: `[N, 1]`, or one number.
+        gate: float32 `[N, 1]` of any stride, or None for 1.
         bits: one bit for each element of x, or None.
 
     Raises:
@@ -60,9 +60,8 @@ def low_rank_forward(
     """
     (rows, d_in), (d_out, rank) = x.shape, b.shape
     u, y = x.new_empty(rows, rank), x.new_empty(rows, d_out)
-    number, count = _factor(factor)
-    sizes = (count, rows, d_in, d_out, rank, _threads(rows * (d_in + d_out)))
-    inputs = (_at(x), _at(a), _at(b), _at(bias), number, _at(bits))
+    sizes = (_stride(gate), rows, d_in, d_out, rank, scale, _threads(rows * (d_in + d_out)))
+    inputs = (_at(x), _at(a), _at(b), _at(bias), _at(gate), _at(bits))
     _check(_lib().mj_low_rank_forward(*inputs, *sizes, _at(u), _at(y)))
     return y, u
 
@@ -73,7 +72,8 @@ def low_rank_backward(
     a: Tensor,
     b: Tensor,
     u: Tensor,
-    factor: Tensor | float,
+    gate: Tensor | None,
+    scale: float,
     bits: Tensor | None,
     wants_x: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
@@ -81,7 +81,7 @@ def low_rank_backward(
 
     Args:
         grad: `[N, d_out]`.
-        x, a, b, factor, bits: as in `low_rank_forward`.
+        x, a, b, gate, scale, bits: as in `low_rank_forward`.
         u: what that returned.
 
     Raises:
@@ -90,9 +90,8 @@ def low_rank_backward(
     (rows, d_out), (rank, d_in) = grad.shape, a.shape
     grad_x = grad.new_empty(rows, d_in) if wants_x else None
     grad_a, grad_b = None if x is None else torch.empty_like(a), torch.empty_like(b)
-    number, count = _factor(factor)
-    sizes = (count, rows, d_in, d_out, rank, _threads(rows * (d_in + d_out)))
-    inputs = (_at(grad), _at(x), _at(a), _at(b), _at(u), number, _at(bits))
+    sizes = (_stride(gate), rows, d_in, d_out, rank, scale, _threads(rows * (d_in + d_out)))
+    inputs = (_at(grad), _at(x), _at(a), _at(b), _at(u), _at(gate), _at(bits))
     _check(_lib().mj_low_rank_backward(*inputs, *sizes, _at(grad_x), _at(grad_a), _at(grad_b)))
     return grad_x, grad_a, grad_b
 
@@ -125,13 +124,16 @@ def draw_bits(seed: int, keep: int, words: int) -> Tensor:
     return bits
 
 
-def similarities(h: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared norms `[N, 1]` of `h` `[N, d]`, and its products `[N, C]` with `centers` `[C, d]`."""
+def cosines(h: Tensor, centers: Tensor) -> Tensor:
+    """Cosine `[N, C]` of every row of `h` `[N, d]` with every row of `centers` `[C, d]`.
+
+    Raises:
+        MemoryError: no room for the norms of the centers.
+    """
     (rows, width), count = h.shape, centers.shape[0]
-    square, dot = h.new_empty(rows, 1), h.new_empty(rows, count)
-    threads = _threads(rows * width)
-    _lib().mj_similarities(_at(h), _at(centers), rows, width, count, threads, _at(square), _at(dot))
-    return square, dot
+    out = h.new_empty(rows, count)
+    _check(_lib().mj_cosines(_at(h), _at(centers), rows, width, count, _threads(rows * width), _at(out)))
+    return out
 
 
 def center_sums(h: Tensor, assigned: Tensor, unit: bool) -> tuple[Tensor, Tensor]:
@@ -162,11 +164,8 @@ def _at(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _factor(factor: Tensor | float) -> tuple[object, int]:
-    """Its address, and how many numbers stand there."""
-    if isinstance(factor, Tensor):
-        return factor.data_ptr(), factor.numel()
-    return ctypes.byref(ctypes.c_float(factor)), 1
+def _stride(gate: Tensor | None) -> int:
+    return 0 if gate is None else gate.stride(0)
 
 
 def _threads(elements: int) -> int:

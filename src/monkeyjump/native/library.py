@@ -6,7 +6,7 @@ import ctypes
 import functools
 import logging
 import os
-from ctypes import c_int, c_int64, c_uint32, c_uint64, c_void_p
+from ctypes import c_float, c_int, c_int64, c_uint32, c_uint64, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -18,12 +18,12 @@ SWITCH = "MONKEYJUMP_NATIVE"
 NAME = "_kernels"
 
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
-    "mj_low_rank_forward": (c_int, [*[c_void_p] * 6, *[c_int64] * 5, c_int, *[c_void_p] * 2]),
-    "mj_low_rank_backward": (c_int, [*[c_void_p] * 7, *[c_int64] * 5, c_int, *[c_void_p] * 3]),
+    "mj_low_rank_forward": (c_int, [*[c_void_p] * 6, *[c_int64] * 5, c_float, c_int, *[c_void_p] * 2]),
+    "mj_low_rank_backward": (c_int, [*[c_void_p] * 7, *[c_int64] * 5, c_float, c_int, *[c_void_p] * 3]),
     "mj_scale_forward": (None, [*[c_void_p] * 3, *[c_int64] * 2, c_int, c_void_p]),
     "mj_scale_backward": (c_int, [*[c_void_p] * 4, *[c_int64] * 2, c_int, *[c_void_p] * 2]),
     "mj_dropout_bits": (None, [c_uint64, c_uint32, c_int64, c_int, c_void_p]),
-    "mj_similarities": (None, [*[c_void_p] * 2, *[c_int64] * 3, c_int, *[c_void_p] * 2]),
+    "mj_cosines": (c_int, [*[c_void_p] * 2, *[c_int64] * 3, c_int, c_void_p]),
     "mj_center_sums": (c_int, [*[c_void_p] * 2, *[c_int64] * 3, *[c_int] * 2, *[c_void_p] * 2]),
 }
 

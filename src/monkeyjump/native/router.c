@@ -5,44 +5,55 @@
 
 #include "thin.h"
 
-INLINE void similarity_columns(const float *h, const float *centers, int64_t width, int64_t count, int rows, int64_t c,
-                               int cs, float *dot) {
-    float out[BLOCK][2];
-    dots(h, width, NULL, centers + c * width, cs, rows, out);
+INLINE float norm_of(const float *row, int64_t width) {
+    v8 square = splat(0);
+    for (int64_t i = 0; i < width; i += LANES) square += load(row + i) * load(row + i);
+    return sqrtf(sum(square));
+}
+
+INLINE float over_norm(const float *row, int64_t width) { return 1 / fmaxf(norm_of(row, width), 1e-12f); }
+
+INLINE void cosine_columns(const float *h, const float *centers, const float *over, int64_t width, int64_t count,
+                           int rows, int64_t c, int cs, float *out) {
+    float dot[BLOCK][2];
+    dots(h, width, NULL, centers + c * width, cs, rows, dot);
     for (int row = 0; row < rows; row++)
-        for (int j = 0; j < cs; j++) dot[row * count + c + j] = out[row][j];
+        for (int j = 0; j < cs; j++) out[row * count + c + j] = dot[row][j] * over[c + j];
 }
 
-INLINE float square_of(const float *row, int64_t width) {
-    v8 acc = splat(0);
-    for (int64_t i = 0; i < width; i += LANES) acc += load(row + i) * load(row + i);
-    return sum(acc);
-}
-
-INLINE void similarity_step(const float *h, const float *centers, int64_t width, int64_t count, int rows, float *square,
-                            float *dot) {
+INLINE void cosine_step(const float *h, const float *centers, const float *over, int64_t width, int64_t count, int rows,
+                        float *out) {
     int64_t c = 0;
-    for (; c + 2 <= count; c += 2) similarity_columns(h, centers, width, count, rows, c, 2, dot);
-    if (c < count) similarity_columns(h, centers, width, count, rows, c, 1, dot);
-    for (int row = 0; row < rows; row++) square[row] = square_of(h + row * width, width); /* in the first cache by now */
+    for (; c + 2 <= count; c += 2) cosine_columns(h, centers, over, width, count, rows, c, 2, out);
+    if (c < count) cosine_columns(h, centers, over, width, count, rows, c, 1, out);
+    for (int row = 0; row < rows; row++) { /* the rows are in the first cache by now */
+        const float over_row = over_norm(h + row * width, width);
+        for (c = 0; c < count; c++) out[row * count + c] *= over_row;
+    }
 }
 
-CLONED static void similarity_rows(const float *h, const float *centers, int64_t width, int64_t count, int64_t n,
-                                   int64_t last, float *square, float *dot) {
+CLONED static void cosine_rows(const float *h, const float *centers, const float *over, int64_t width, int64_t count,
+                               int64_t n, int64_t last, float *out) {
     for (; n + BLOCK <= last; n += BLOCK)
-        similarity_step(h + n * width, centers, width, count, BLOCK, square + n, dot + n * count);
-    for (; n < last; n++) similarity_step(h + n * width, centers, width, count, 1, square + n, dot + n * count);
+        cosine_step(h + n * width, centers, over, width, count, BLOCK, out + n * count);
+    for (; n < last; n++) cosine_step(h + n * width, centers, over, width, count, 1, out + n * count);
 }
 
-/* square[n] = |h[n]|^2 and dot[n, c] = h[n] . centers[c], for h [N, d] and centers [C, d], d a multiple of eight. */
-void mj_similarities(const float *h, const float *centers, int64_t rows, int64_t width, int64_t count, int threads,
-                     float *square, float *dot) {
+/* out[n, c] = cosine of h[n] and centers[c], for h [N, d] and centers [C, d], d a multiple of eight; a norm below 1e-12
+   counts as that. Returns 0, or 1 where there is no memory for the norms of the centers. */
+int mj_cosines(const float *h, const float *centers, int64_t rows, int64_t width, int64_t count, int threads,
+               float *out) {
+    float *over = malloc(sizeof *over * (size_t)count);
+    if (!over) return 1;
+    for (int64_t c = 0; c < count; c++) over[c] = over_norm(centers + c * width, width);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         int64_t first, last;
         own_rows(rows, &first, &last);
-        similarity_rows(h, centers, width, count, first, last, square, dot);
+        cosine_rows(h, centers, over, width, count, first, last, out);
     }
+    free(over);
+    return 0;
 }
 
 /* What a row counts with: 1 (or one over its norm), or 0 where it belongs to no center or holds what is not finite. */
@@ -50,7 +61,7 @@ INLINE float share_of(const float *row, const uint8_t *assigned, int64_t width, 
     int belongs = 0;
     for (int64_t c = 0; c < count; c++) belongs |= assigned[c];
     if (!belongs) return 0;
-    const float norm = sqrtf(square_of(row, width));
+    const float norm = norm_of(row, width);
     if (!isfinite(norm)) return 0;
     return unit ? 1 / fmaxf(norm, 1e-12f) : 1;
 }

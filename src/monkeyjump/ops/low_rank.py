@@ -55,14 +55,16 @@ def gated_linear(
         x: `[..., d_in]`.
         weight, bias: `[d_out, d_in]`, `[d_out]` or None, frozen, in the dtype of `x`.
         a, b: `[r, d_in]`, `[d_out, r]`, any float dtype; the products are taken in the dtype of `x`.
-        gate: broadcastable to `[..., 1]`, without gradient; None for 1.
+        gate: float32, broadcastable to `[..., 1]`, without gradient; None for 1.
         scale: alpha / r.
         dropout: mask of the dropout on the update's input.
 
     Raises:
         RuntimeError: when differentiated twice.
     """
-    y = _GatedLinear.apply(_flat(x), weight, bias, a, b, _per_token(gate, x), scale, dropout)
+    scale = scale if dropout is None else scale * dropout.factor
+    inputs = (_flat(x), weight, bias, a, b, _per_token(gate, x), scale, dropout)
+    y = _GatedLinear.apply(*inputs) if torch.is_grad_enabled() else _linear(*inputs)[0]
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -79,6 +81,7 @@ def gated_delta(
     Args:
         x, a, b, gate, scale, dropout: as in `gated_linear`.
     """
+    scale = scale if dropout is None else scale * dropout.factor
     delta = _GatedDelta.apply(_flat(x), a, b, _per_token(gate, x), scale, dropout)
     return delta.view(*x.shape[:-1], delta.shape[-1])
 
@@ -88,27 +91,27 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _per_token(gate: Tensor | None, x: Tensor) -> Tensor | None:
-    """`[N, 1]` for the flattened x."""
+    """`[N, 1]` for the flattened x; a view where there is one gate per token."""
     if gate is None or gate.dim() == 2:
         return gate
-    return gate.expand(*x.shape[:-1], 1).reshape(-1, 1)
+    if gate.shape[:-1] != x.shape[:-1]:
+        gate = gate.expand(*x.shape[:-1], 1)
+    return gate.reshape(-1, 1)
 
 
-def _factor(gate: Tensor | None, scale: float, dropout: DropoutMask | None, dtype: torch.dtype) -> Tensor | float:
-    """Everything that multiplies a token's rank-r product: `[N, 1]`, or one number for all."""
-    scale = scale if dropout is None else scale * dropout.factor
-    return scale if gate is None else (gate * scale).to(dtype).contiguous()
+def _weigh(u: Tensor, gate: Tensor | None, scale: float) -> Tensor:
+    return u.mul_(scale if gate is None else (gate * scale).to(u.dtype))
 
 
 def _update(
-    x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, factor: Tensor | float, bits: Tensor | None
+    x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, gate: Tensor | None, scale: float, bits: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`y = u B^T + bias` `[N, d_out]` and `u = (dropout(x) A^T) * factor` `[N, r]`."""
+    """`y = u B^T + bias` `[N, d_out]` and `u = (dropout(x) A^T) * gate * scale` `[N, r]`."""
     if native.serves_update(a, b, x, bias):
-        return native.low_rank_forward(x, a, b, bias, factor, bits)
+        return native.low_rank_forward(x, a, b, bias, gate, scale, bits)
     if bits is not None:
         x = x * spread(bits, x.shape, x.dtype)
-    u = (x @ a.to(x.dtype).T).mul_(factor)
+    u = _weigh(x @ a.to(x.dtype).T, gate, scale)
     b = b.to(u.dtype)
     return u @ b.T if bias is None else torch.addmm(bias, u, b.T), u
 
@@ -117,22 +120,21 @@ class _Update(torch.autograd.Function):
     """What both operations share: what is kept, and the update's gradients."""
 
     @staticmethod
-    def keep(ctx: Any, x: Tensor, a: Tensor, b: Tensor, u: Tensor, factor: Tensor | float, dropout: Any, trained: bool):
+    def keep(ctx: Any, x, a, b, u, gate, scale: float, dropout: DropoutMask | None, trained: bool) -> tuple:
         """Tensors for `save_for_backward`; x only where the gradient of A, if that is `trained`, will read it."""
-        ctx.shape = x.shape
-        ctx.factor, gate = (None, factor) if isinstance(factor, Tensor) else (factor, None)
+        ctx.shape, ctx.scale = x.shape, scale
         return x if trained else None, a, b, u, gate, None if dropout is None else dropout.bits
 
     @staticmethod
     def grads(ctx: Any, grad: Tensor, kept: tuple) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Gradients of x, A and B: the first two where they are wanted."""
         x, a, b, u, gate, bits = kept
-        factor, wants_x = ctx.factor if gate is None else gate, ctx.needs_input_grad[0]
+        wants_x = ctx.needs_input_grad[0]
         if native.serves_update(a, b, grad, x):
-            return native.low_rank_backward(grad, x, a, b, u, factor, bits, wants_x)
+            return native.low_rank_backward(grad, x, a, b, u, gate, ctx.scale, bits, wants_x)
         grad_b = (u.T @ grad).T.to(b.dtype)
         # with B laid out like this the thin product is several times faster than as it is stored
-        grad_u = (grad @ b.to(grad.dtype).T.contiguous().T).mul_(factor)
+        grad_u = _weigh(grad @ b.to(grad.dtype).T.contiguous().T, gate, ctx.scale)
         mask = None if bits is None else spread(bits, ctx.shape, grad.dtype)
         grad_a = grad_x = None
         if x is not None:
@@ -144,13 +146,17 @@ class _Update(torch.autograd.Function):
         return grad_x, grad_a, grad_b
 
 
+def _linear(x, weight, bias, a, b, gate, scale, dropout) -> tuple[Tensor, Tensor]:
+    """The layer's output and u."""
+    y, u = _update(x, a, b, bias, gate, scale, None if dropout is None else dropout.bits)
+    return y.addmm_(x, weight.T), u
+
+
 class _GatedLinear(_Update):
     @staticmethod
     def forward(ctx: Any, x, weight, bias, a, b, gate, scale, dropout):
-        factor = _factor(gate, scale, dropout, x.dtype)
-        y, u = _update(x, a, b, bias, factor, None if dropout is None else dropout.bits)
-        y.addmm_(x, weight.T)
-        ctx.save_for_backward(weight, *_Update.keep(ctx, x, a, b, u, factor, dropout, ctx.needs_input_grad[3]))
+        y, u = _linear(x, weight, bias, a, b, gate, scale, dropout)
+        ctx.save_for_backward(weight, *_Update.keep(ctx, x, a, b, u, gate, scale, dropout, ctx.needs_input_grad[3]))
         return y
 
     @staticmethod
@@ -166,9 +172,8 @@ class _GatedLinear(_Update):
 class _GatedDelta(_Update):
     @staticmethod
     def forward(ctx: Any, x, a, b, gate, scale, dropout):
-        factor = _factor(gate, scale, dropout, x.dtype)
-        y, u = _update(x, a, b, None, factor, None if dropout is None else dropout.bits)
-        ctx.save_for_backward(*_Update.keep(ctx, x, a, b, u, factor, dropout, ctx.needs_input_grad[1]))
+        y, u = _update(x, a, b, None, gate, scale, None if dropout is None else dropout.bits)
+        ctx.save_for_backward(*_Update.keep(ctx, x, a, b, u, gate, scale, dropout, ctx.needs_input_grad[1]))
         return y
 
     @staticmethod

@@ -33,7 +33,7 @@ def similarity_logits(states: Tensor, centers: Tensor, similarity: Similarity) -
     """
     flat, centers = states.reshape(-1, states.shape[-1]).float(), centers.float()
     if similarity == "cosine":
-        logits = _cosines(flat, F.normalize(centers, dim=-1))
+        logits = _cosines(flat, centers)
     elif similarity == "dot":
         logits = flat @ centers.T
     elif similarity == "euclidean":
@@ -45,13 +45,12 @@ def similarity_logits(states: Tensor, centers: Tensor, similarity: Similarity) -
 
 
 def _cosines(states: Tensor, centers: Tensor) -> Tensor:
-    """Cosine `[N, E]` of states `[N, d]` and unit centers `[E, d]`."""
-    # the product over the norms: no normalized copy of the states is left behind
+    """Cosine `[N, E]` of states `[N, d]` and centers `[E, d]`."""
     if native.serves(states, centers) and not centers.requires_grad:
-        square, products = native.similarities(states, centers)
-        return products.mul_(square.clamp_min_(1e-24).rsqrt_())
+        return native.cosines(states, centers)
+    # the product over the norms: no normalized copy of the states is left behind
     norms = torch.linalg.vector_norm(states, dim=-1, keepdim=True).clamp_min(1e-12)
-    return states @ centers.T / norms
+    return states @ F.normalize(centers, dim=-1).T / norms
 
 
 def top_k_mask(logits: Tensor, k: int) -> Tensor:

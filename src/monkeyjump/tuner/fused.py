@@ -102,9 +102,12 @@ def _dropout(layer: Any, adapter: str, x: Tensor) -> DropoutMask | None:
 
 def _is_plain(base: Any, x: Tensor) -> bool:
     """Whether `base(x)` is one product with a frozen weight and nothing beside it."""
-    if type(base) not in (nn.Linear, Conv1D) or type(base.weight) is not nn.Parameter:
-        return False  # quantized, sharded, or a layer with a forward of its own
-    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in base.__dict__
-    trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
-    same = base.weight.dtype == x.dtype and base.weight.device == x.device
-    return same and not hooked and not trained and not torch.is_autocast_enabled(x.device.type)
+    if type(base) not in (nn.Linear, Conv1D):
+        return False
+    weight, bias = base.weight, base.bias
+    if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
+        return False  # quantized, sharded, a layer with a forward of its own, or one that is trained itself
+    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in base.__dict__:
+        return False
+    same = weight.dtype == x.dtype and weight.device == x.device
+    return same and not torch.is_autocast_enabled(x.device.type)

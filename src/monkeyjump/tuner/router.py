@@ -175,9 +175,9 @@ class Router(nn.Module, BaseTunerLayer):
             if self.training and config.jitter_noise:
                 low, high = 1 - config.jitter_noise, 1 + config.jitter_noise
                 logits = logits * torch.empty_like(logits).uniform_(low, high)
-            experts = len(self.slots[adapter])
-            own = torch.arange(experts, device=logits.device) % centers.shape[0]
-            gates, chosen = gates_from_logits(logits[..., own], config.top_k, config.gate_norm)
+            gates, chosen = gates_from_logits(
+                _per_slot(logits, len(self.slots[adapter])), config.top_k, config.gate_norm
+            )
             if gathers or self.observers:
                 attended = counted
                 if config.granularity == "token":
@@ -295,6 +295,12 @@ def _continued(gates: Tensor, hidden: Tensor) -> Tensor:
             "chunks and for assisted decoding"
         )
     return gates
+
+
+def _per_slot(logits: Tensor, slots: int) -> Tensor:
+    """`[..., E]` of `[..., C]`: adapter e takes center e mod C."""
+    centers = logits.shape[-1]
+    return logits if centers == slots else logits[..., torch.arange(slots, device=logits.device) % centers]
 
 
 def _per_center(chosen: Tensor, centers: int) -> Tensor:
