@@ -22,7 +22,7 @@ from monkeyjump.tuner.block import ROUTER, RoutedBlock, box_of, install_router, 
 from monkeyjump.tuner.folder import check_fingerprint, check_keys, fingerprint
 from monkeyjump.tuner.fused import fuse
 from monkeyjump.tuner.gates import CANNOT_MERGE, Gate, install_gate, remove_gates
-from monkeyjump.tuner.reach import call_adapters_in_evaluation
+from monkeyjump.tuner.reach import call_adapters_in_evaluation, why_silent
 from monkeyjump.tuner.router import Router
 from monkeyjump.tuner.state import split_training_state, training_state
 from monkeyjump.tuner.surroundings import context_of, hidden_size, holder_of, remove_context
@@ -45,10 +45,15 @@ class RoutedTuner(_Tuner):
     # ------------------------------------------------------------------ injection
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        if peft_config.target_modules is None and not getattr(peft_config, "target_parameters", None):
+        by_default = peft_config.target_modules is None and not getattr(peft_config, "target_parameters", None)
+        if by_default:
             peft_config.target_modules = default_targets(self.model)
         prepared = super()._prepare_adapter_config(peft_config, model_config)
         names = self._targeted(prepared)
+        if by_default and not isinstance(prepared.exclude_modules, str):
+            silent = [name for name in names if why_silent(self.model, name, training=True)]
+            prepared.exclude_modules = [*(prepared.exclude_modules or ()), *silent] or None
+            names = [name for name in names if name not in silent]
         check_targets(self.model, prepared, names)
         plan_blocks(self.model, prepared, names)  # refused, if at all, before any layer is replaced
         if names and all(isinstance(self.model.get_submodule(name), Conv1D) for name in names):

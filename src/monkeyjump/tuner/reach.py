@@ -22,18 +22,19 @@ logger = logging.getLogger("monkeyjump")
 FUSED_MIXER = ("x_proj", "out_proj")  # handed to mamba_ssm's fused kernel as weights, in training
 
 
-def check_reach(model: nn.Module, names: Iterable[str]) -> None:
+def check_reach(model: nn.Module, names: Iterable[str], training: bool) -> None:
     """Refuse targets whose adapter would be silent.
 
     Args:
         names: paths of the targeted modules.
+        training: whether the adapters will train.
 
     Raises:
         ValueError: naming the modules, the reason and `exclude_modules`.
     """
     reasons: dict[str, list[str]] = {}
     for name in names:
-        if (reason := why_silent(model, name)) is not None:
+        if (reason := why_silent(model, name, training)) is not None:
             reasons.setdefault(reason, []).append(name)
     for reason, silent in reasons.items():
         more = f" and {len(silent) - 1} more" if len(silent) > 1 else ""
@@ -59,7 +60,7 @@ def call_adapters_in_evaluation(model: nn.Module) -> None:
         )
 
 
-def why_silent(model: nn.Module, name: str) -> str | None:
+def why_silent(model: nn.Module, name: str, training: bool) -> str | None:
     """Why an adapter on this module would not act, or would get no gradient; None where it does."""
     path, _, leaf = name.rpartition(".")
     owner: Any = type(model.get_submodule(path))
@@ -76,7 +77,7 @@ def why_silent(model: nn.Module, name: str) -> str | None:
             f"the fused kernel of {owner.__name__} reads {leaf}.weight, so its adapter would act on some machines and "
             "not on others, and PEFT refuses it on Mamba"
         )
-    if importlib.util.find_spec("mamba_ssm") is not None:
+    if training and importlib.util.find_spec("mamba_ssm") is not None:
         return f"mamba_ssm is installed, and its fused kernel reads {leaf}.weight in training and skips the adapter"
     return None
 

@@ -80,7 +80,7 @@ def check_targets(model: nn.Module, config: MonkeyJumpConfig, targeted: Iterable
     Raises:
         ValueError: naming the field, the name and its near misses, or why an adapter would be silent.
     """
-    check_reach(model, targeted)
+    check_reach(model, targeted, training=not config.inference_mode)
     names = [n for n, m in model.named_modules() if n and not inside_adapter(model, n)]
     targets = config.target_modules
     if isinstance(targets, str):
@@ -133,9 +133,15 @@ def plan_blocks(model: nn.Module, config: MonkeyJumpConfig, adapted: Iterable[st
             `task_experts` is no slot.
     """
     members: dict[str, list[str]] = defaultdict(list)
+    adapted = list(adapted)
     for name in adapted:
         if (block := block_of(model, name)) is not None:
             members[block].append(name.removeprefix(block + "."))
+    if adapted and not members:
+        raise ValueError(
+            f"no module is routed: {adapted[0]} lies in no block (no ModuleList, no gradient-checkpointing layer around "
+            "it); say which class is the block with register_block(YourBlock)"
+        )
     slots = sorted({slot for inside in members.values() for slot in inside})
     shared = DEFAULT_SHARED if config.shared_modules is None else config.shared_modules
     _check_names("shared_modules", config.shared_modules, slots, "targeted")
