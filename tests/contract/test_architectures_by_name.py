@@ -43,6 +43,7 @@ def test_cross_attention_keys_and_values_are_shared_whatever_is_asked(shared: li
     torch.testing.assert_close(cross.k(x), cross.k.base_layer(x) + cross.k.scaling["default"] * (x @ a.T @ b.T))
 
 
+@pytest.mark.proves("architecture", "T5")
 def test_decoder_and_encoder_route_their_own_tokens() -> None:
     model, batch = routed(T5), source_and_target()
     with record_routing(model) as record:
@@ -58,6 +59,7 @@ def test_decoder_and_encoder_route_their_own_tokens() -> None:
 # ---------------------------------------------------------------------- Mixtral
 
 
+@pytest.mark.proves("architecture", "Mixtral (attention)")
 def test_it_is_said_that_experts_in_parameters_get_nothing(caplog: pytest.LogCaptureFixture) -> None:
     routed(MIXTRAL)
     said = [m for m in messages(caplog) if "experts of this model are parameters" in m]
@@ -69,6 +71,7 @@ def test_it_is_said_that_experts_in_parameters_get_nothing(caplog: pytest.LogCap
     assert not [m for m in messages(caplog) if "experts" in m]
 
 
+@pytest.mark.proves("architecture", "Mixtral (attention)")
 def test_naming_a_parameter_of_experts_says_what_it_is() -> None:
     with pytest.raises(
         ValueError, match=r"target_modules names 'gate_up_proj'.*layers\.0.*is a parameter and no module"
@@ -76,6 +79,7 @@ def test_naming_a_parameter_of_experts_says_what_it_is() -> None:
         routed(MIXTRAL, target_modules=["q_proj", "gate_up_proj"])
 
 
+@pytest.mark.proves("architecture", "Mixtral (attention)")
 def test_adapters_on_expert_parameters_stay_unrouted(tmp_path: Path) -> None:
     own = {"target_modules": ["q_proj", "v_proj"], "target_parameters": ["mlp.experts.down_proj"]}
     model, batch = routed(MIXTRAL, **own), text()
@@ -103,20 +107,26 @@ def test_fused_projections_are_one_slot_and_it_is_said(name: str, caplog: pytest
 # ---------------------------------------------------------------------- LLaVA-OneVision
 
 
+@pytest.mark.proves("architecture", "LLaVA-OneVision (language model)")
 def test_vision_tower_stays_as_it_is_by_default() -> None:
     model = routed(LLAVA)
     assert {r.name.rpartition(".layers.")[0] for r in routers(model)} == {"model.language_model"}
     assert not [n for n in trainable(model) if "vision_tower" in n]
 
 
+@pytest.mark.proves("architecture", "LLaVA-OneVision (language model)")
 def test_names_that_reach_the_vision_tower_are_pointed_out(caplog: pytest.LogCaptureFixture) -> None:
     model = routed(LLAVA, target_modules=BOTH_TOWERS)
     said = [m for m in messages(caplog) if "reaches beyond the language model model.language_model" in m]
-    assert said == ["target_modules reaches beyond the language model model.language_model: model.vision_tower.encoder"]
+    assert len(said) == 1
+    assert "model.language_model: model.vision_tower.encoder; exclude_modules" in said[0]
+    kept = routed(LLAVA, target_modules=BOTH_TOWERS, exclude_modules=r".*vision_tower.*")
+    assert {r.name.rpartition(".layers.")[0] for r in routers(kept)} == {"model.language_model"}
     loss_of(model.train(), image_and_video()).backward()
     assert all(p.grad is not None and p.grad.any() for p in trainable(model).values())
 
 
+@pytest.mark.proves("architecture", "LLaVA-OneVision (vision tower)")
 def test_each_frame_of_a_video_is_a_row_of_the_vision_tower() -> None:
     model = routed(LLAVA, target_modules=BOTH_TOWERS, top_k=2)
     found = gates(model, **image_and_video())
@@ -124,6 +134,7 @@ def test_each_frame_of_a_video_is_a_row_of_the_vision_tower() -> None:
     assert [tuple(m.shape) for m in found] == [(4, 4, 3)] * 2 + [(6, 4, 3)] * 2 + [(2, 21, 3)] * 2
 
 
+@pytest.mark.proves("architecture", "LLaVA-OneVision (vision tower)")
 def test_changing_one_frame_changes_the_gates_of_that_frame_only() -> None:
     model, batch = routed(LLAVA, target_modules=BOTH_TOWERS, top_k=2), image_and_video()
     before = gates(model, **batch)[2]
@@ -153,11 +164,13 @@ def test_mamba_modules_without_a_gradient_are_refused(targets: list[str] | str, 
     assert [name for name, _ in model.named_modules()] == before
 
 
+@pytest.mark.proves("architecture", "Mamba")
 def test_excluding_what_is_silent_leaves_the_rest_of_mamba() -> None:
     model = routed(BY_NAME["Mamba"], target_modules="all-linear", exclude_modules=["dt_proj", "out_proj"])
     assert describe_routing(model).blocks[0].routed == ("mixer.in_proj", "mixer.x_proj")
 
 
+@pytest.mark.proves("architecture", "Mamba")
 def test_mamba_with_its_fused_kernel_trains_in_proj_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     routed(BY_NAME["Mamba"]).save_pretrained(tmp_path)
     find = importlib.util.find_spec
@@ -172,6 +185,7 @@ def test_mamba_with_its_fused_kernel_trains_in_proj_only(monkeypatch: pytest.Mon
     assert describe_routing(loaded).blocks[0].routed == ("mixer.in_proj", "mixer.x_proj")
 
 
+@pytest.mark.proves("architecture", "Mamba")
 def test_plain_lora_on_dt_proj_indeed_gets_no_gradient() -> None:
     model = get_peft_model(mamba(), LoraConfig(target_modules=["in_proj", "dt_proj"], init_lora_weights=False))
     loss_of(model, text()).backward()

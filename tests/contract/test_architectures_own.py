@@ -12,11 +12,12 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from monkeyjump import CenterUpdate, describe_routing, initialize_centers, record_routing, register_block
 from monkeyjump.tuner import blocks
 from monkeyjump.tuner.model import routers
-from tiny import gates, routed, trainable
+from tiny import gates, llama, routed, tokens, trainable
 
 WIDTH = 16
 own_module = pytest.mark.proves("architecture", "any nn.Module with a ModuleList")
@@ -207,6 +208,14 @@ def test_registered_mask_counts_where_sequences_are_routed(granularity: str) -> 
     together = model(states(), padding=padding)
     alone = model(states()[1:, :3], padding=padding[1:, :3])
     torch.testing.assert_close(together[1:, :3], alone)
+
+
+@registered
+def test_registered_mask_leaves_the_prompts_decision_to_the_cache() -> None:
+    inputs = {"input_ids": tokens(2, 6), "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    expected = routed(llama(), granularity="mean").eval().generate(**inputs)
+    register_block(LlamaDecoderLayer, attended=lambda inputs: None)
+    assert torch.equal(routed(llama(), granularity="mean").eval().generate(**inputs), expected)
 
 
 @registered

@@ -54,4 +54,8 @@ def _announce_architecture(model: nn.Module, mine: list[Router], adapter: str, c
     tower = language_tower(model)
     outside = sorted({r.name.partition(".layers.")[0] for r in mine if tower and not r.name.startswith(tower + ".")})
     if outside:
-        logger.warning("target_modules reaches beyond the language model %s: %s", tower, ", ".join(outside))
+        logger.warning(
+            "target_modules reaches beyond the language model %s: %s; exclude_modules as a regex keeps that as it is",
+            tower,
+            ", ".join(outside),
+        )

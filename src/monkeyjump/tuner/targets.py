@@ -139,8 +139,8 @@ def plan_blocks(model: nn.Module, config: MonkeyJumpConfig, adapted: Iterable[st
             members[block].append(name.removeprefix(block + "."))
     if adapted and not members:
         raise ValueError(
-            f"no module is routed: {adapted[0]} lies in no block (no ModuleList, no gradient-checkpointing layer around "
-            "it); say which class is the block with register_block(YourBlock)"
+            f"no module is routed: {adapted[0]} lies in no block (a ModuleList's element, or a gradient-checkpointing "
+            "layer); target modules inside the model's blocks, or say which class is one with register_block(YourBlock)"
         )
     slots = sorted({slot for inside in members.values() for slot in inside})
     shared = DEFAULT_SHARED if config.shared_modules is None else config.shared_modules
