@@ -19,6 +19,15 @@ from tiny import SHAPE, VOCAB, bert, llama, position_dependent, qwen2, tokens, t
 IMAGE_TOKEN, VIDEO_TOKEN = 60, 61
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2}
 TEXT = {**SHAPE, **SPECIAL, "num_key_value_heads": 2}
+SEQ2SEQ = {
+    "d_model": 32,
+    **{f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in (("layers", 2), ("attention_heads", 4))},
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "decoder_start_token_id": 2,
+    "pad_token_id": 0,
+    **SPECIAL,
+}
 VISION = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 4}
 
 
@@ -33,7 +42,7 @@ class Architecture:
         routed, shared: what the default targets come to in the last block.
         config: what the config needs beyond defaults.
         padded, generates: whether there are masks, and `generate`.
-        tower: path of the blocks, where others stay plain or frozen.
+        encoder_decoder: whether labels become the tokens of a decoder.
     """
 
     name: str
@@ -44,6 +53,7 @@ class Architecture:
     config: dict[str, Any] = field(default_factory=dict)
     padded: bool = True
     generates: bool = True
+    encoder_decoder: bool = False
 
 
 def seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
@@ -70,6 +80,11 @@ def classes() -> dict[str, Tensor]:
 
 def source_and_target() -> dict[str, Tensor]:
     return {**text(), "labels": tokens(3, 6, seed=9)}
+
+
+def sound() -> dict[str, Tensor]:
+    features = torch.randn(2, 8, 20, generator=torch.Generator().manual_seed(4))
+    return {"input_features": features, "labels": tokens(2, 6)}
 
 
 def images(size: int, labels: bool = True) -> dict[str, Tensor]:
@@ -129,6 +144,34 @@ def t5() -> nn.Module:
     )
 
 
+def bart() -> nn.Module:
+    return hf.BartForConditionalGeneration(hf.BartConfig(vocab_size=VOCAB, **SEQ2SEQ, max_position_embeddings=64))
+
+
+def whisper() -> nn.Module:
+    lengths = {"num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 20}
+    return hf.WhisperForConditionalGeneration(hf.WhisperConfig(vocab_size=VOCAB, **SEQ2SEQ, **lengths))
+
+
+def falcon() -> nn.Module:
+    shape = {k: SHAPE[k] for k in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+    return hf.FalconForCausalLM(hf.FalconConfig(**shape, **SPECIAL))
+
+
+def deberta_v2() -> nn.Module:
+    return hf.DebertaV2ForMaskedLM(hf.DebertaV2Config(**SHAPE))
+
+
+def distilbert() -> nn.Module:
+    return hf.DistilBertForMaskedLM(
+        hf.DistilBertConfig(vocab_size=VOCAB, dim=32, hidden_dim=48, n_layers=2, n_heads=4, pad_token_id=0)
+    )
+
+
+def modernbert() -> nn.Module:
+    return hf.ModernBertForMaskedLM(hf.ModernBertConfig(**SHAPE, **SPECIAL, cls_token_id=1, sep_token_id=2))
+
+
 def mamba() -> nn.Module:
     return hf.MambaForCausalLM(
         hf.MambaConfig(vocab_size=VOCAB, hidden_size=32, state_size=4, num_hidden_layers=2, pad_token_id=0, **SPECIAL)
@@ -166,6 +209,10 @@ def llava_onevision() -> nn.Module:
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 KVQ = (QKV[1], QKV[2], QKV[0])  # in the order in which the block defines them
 LLAMA = {"routed": QKV, "shared": ("self_attn.o_proj", "mlp.gate_proj")}
+BART = {
+    "routed": (*KVQ, "encoder_attn.q_proj"),
+    "shared": ("self_attn.out_proj", *(f"encoder_attn.{p}_proj" for p in ("k", "v", "out"))),
+}
 VIT = {"routed": tuple(f"attention.{p}_proj" for p in "qkv"), "shared": ("attention.o_proj",)}
 NO_TEXT = {"padded": False, "generates": False}
 
@@ -191,6 +238,32 @@ ARCHITECTURES = (
     ),
     Architecture("OPT", seeded(opt), text, KVQ, ("self_attn.out_proj",)),
     Architecture(
+        "Falcon",
+        seeded(falcon),
+        text,
+        ("self_attention.query_key_value", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        ("self_attention.dense",),
+    ),
+    Architecture(
+        "DeBERTa-v2",
+        seeded(deberta_v2),
+        text,
+        tuple(f"attention.self.{name}_proj" for name in ("query", "key", "value")),
+        ("attention.output.dense",),
+        generates=False,
+    ),
+    Architecture(
+        "DistilBERT",
+        seeded(distilbert),
+        text,
+        tuple(f"attention.{p}_lin" for p in "qkv"),
+        ("attention.out_lin",),
+        generates=False,
+    ),
+    Architecture(
+        "ModernBERT", seeded(modernbert), text, ("attn.Wqkv", "mlp.Wi", "mlp.Wo"), ("attn.Wo",), generates=False
+    ),
+    Architecture(
         "BERT",
         bert,
         classes,
@@ -205,7 +278,10 @@ ARCHITECTURES = (
         source_and_target,
         (*(f"layer.0.SelfAttention.{p}" for p in "qkv"), "layer.1.EncDecAttention.q"),
         ("layer.0.SelfAttention.o", *(f"layer.1.EncDecAttention.{p}" for p in "kvo")),
+        encoder_decoder=True,
     ),
+    Architecture("BART", seeded(bart), source_and_target, **BART, encoder_decoder=True),
+    Architecture("Whisper", seeded(whisper), sound, **BART, **NO_TEXT, encoder_decoder=True),
     Architecture("Mamba", seeded(mamba), text, ("mixer.in_proj", "mixer.x_proj"), ()),
     Architecture("ViT", seeded(vit), lambda: images(12), **VIT, **NO_TEXT),
     Architecture(

@@ -18,6 +18,9 @@ DEFAULT_TARGETS = (
     ("q_proj", "k_proj", "v_proj", "o_proj"),  # Mixtral (its experts are no modules), ViT, Swin
     ("q_proj", "k_proj", "v_proj", "out_proj"),  # OPT, BART, CLIP, ...
     ("query", "key", "value", "attention.output.dense"),  # BERT, RoBERTa, ...
+    ("query_proj", "key_proj", "value_proj", "attention.output.dense"),  # DeBERTa-v2
+    ("q_lin", "k_lin", "v_lin", "out_lin"),  # DistilBERT
+    ("Wqkv", "Wi", "Wo"),  # ModernBERT
     ("q", "k", "v", "o"),  # T5
     ("c_attn", "c_proj", "c_fc"),  # GPT-2
     ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
@@ -33,6 +36,8 @@ DEFAULT_SHARED = (
     "attn.c_proj",
     "attention.dense",  # GPT-NeoX
     "self_attention.dense",  # Falcon, BLOOM
+    "out_lin",
+    "attn.Wo",
 )
 
 # q, k and v (or gate and up) in one matrix: one slot
