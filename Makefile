@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint types format clean
+.PHONY: help install demo test test-all proven lint types format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard src/monkeyjump/native/*.[ch])
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,9 @@ test: install  ## the fast tests (at most about 10 minutes)
 
 test-all: install  ## the fast and the slow tests
 	$(PYTEST) -m 'slow or not slow'
+
+proven: install  ## rewrite the registry behind `monkeyjump methods --routed` from the marks of the tests
+	$(BIN)/python -m pytest --collect-only --write-proven >/dev/null
 
 lint: install  ## style and common mistakes
 	$(BIN)/ruff check src tests

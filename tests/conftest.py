@@ -9,6 +9,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from proofs import (  # noqa: F401  pytest finds hooks by name
+    pytest_addoption,
+    pytest_collection_finish,
+    pytest_itemcollected,
+    pytest_runtest_makereport,
+)
+
 torch.set_num_threads(1)
 
 # Warnings are errors; each of these is another library's, about something that is not ours to change.

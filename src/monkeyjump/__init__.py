@@ -11,6 +11,7 @@ Trainer(model, args, train_dataset=data, callbacks=[CenterUpdate()]).train()
 from monkeyjump.config import MonkeyJumpConfig
 from monkeyjump.presets import PRESETS
 from monkeyjump.tuner import LoraFAConfig, PropulsionConfig
+from monkeyjump.tuner.blocks import register_block
 from monkeyjump.tuner.callback import CenterUpdate
 from monkeyjump.tuner.initialize import initialize_centers
 from monkeyjump.tuner.inspect import describe_routing, record_routing
@@ -25,5 +26,6 @@ __all__ = [
     "describe_routing",
     "initialize_centers",
     "record_routing",
+    "register_block",
     "routing_inputs",
 ]

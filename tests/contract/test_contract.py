@@ -28,6 +28,10 @@ from monkeyjump.tuner.router import Router
 from tiny import VOCAB, left_padded, llama, position_dependent, tokens, trainable
 
 every_method = pytest.mark.parametrize("base", methods())
+# what proves a method for `monkeyjump methods --routed`: the promises that plain adapters keep, too
+proves_method = pytest.mark.parametrize(
+    "base", [pytest.param(base, marks=pytest.mark.proves("method", base)) for base in methods()]
+)
 # for expensive promises: the four of the paper always, the other methods in the slow run
 core_first = pytest.mark.parametrize(
     "base", [base if base in CORE else pytest.param(base, marks=pytest.mark.slow) for base in methods()]
@@ -62,7 +66,7 @@ def layer_at(model: nn.Module, slot: str) -> Any:
 # ---------------------------------------------------------------------- parameters and gates
 
 
-@every_method
+@proves_method
 def test_routing_adds_no_trainable_parameter(base: str) -> None:
     plain, routed = trainable(plain_model(base)), trainable(routed_model(base))
     assert {n: p.shape for n, p in routed.items()} == {n: p.shape for n, p in plain.items()}
@@ -74,7 +78,7 @@ def test_rank_counters_of_adalora_never_train(dtype: torch.dtype) -> None:
     assert not [name for name in trainable(routed_model("adalora", llama().to(dtype))) if "ranknum" in name]
 
 
-@every_method
+@proves_method
 @pytest.mark.parametrize("slot", ["self_attn.q_proj", "mlp.down_proj"])
 def test_gate_scales_what_the_plain_adapter_adds(base: str, slot: str) -> None:
     routed, plain = routed_model(base), plain_model(base).eval()
@@ -117,7 +121,7 @@ def test_shared_adapter_acts_in_full_whatever_the_gates(base: str) -> None:
         torch.testing.assert_close(layer(x), layer_at(plain, slot)(x), rtol=1e-4, atol=1e-5)
 
 
-@every_method
+@proves_method
 def test_training_step_reaches_every_adapter_with_a_gate(base: str) -> None:
     routed, plain = routed_model(base, top_k=6), plain_model(base)
     plain.load_state_dict({k: v for k, v in routed.state_dict().items() if ".jump_router." not in k})
@@ -146,7 +150,7 @@ def test_adapters_without_a_token_still_have_gradients(base: str) -> None:
 # ---------------------------------------------------------------------- saving and loading
 
 
-@every_method
+@proves_method
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_loaded_adapter_gives_the_same_logits(base: str, low_memory: bool, tmp_path: Path) -> None:
     model = routed_model(base)

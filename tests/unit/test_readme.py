@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+from torch import nn
 from transformers import TrainingArguments
 
+from monkeyjump.tuner import blocks
 from tiny import llama, tokens
 
 ROOT = Path(__file__).parents[2]
@@ -40,3 +42,20 @@ def test_the_commands_are_make_targets() -> None:
 def test_what_it_links_to_is_there() -> None:
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
+
+
+def test_the_example_of_a_registered_block_runs() -> None:
+    text = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert code is not None
+
+    class MyBlock(nn.Module):
+        def forward(self, padding: object, h: object) -> object:
+            return h
+
+    try:
+        exec(code[1], {"MyBlock": MyBlock})
+        hook = blocks._hooks[MyBlock]
+        assert (hook.hidden_states, hook.parameters) == ("h", ("padding", "h"))
+    finally:
+        blocks._hooks.pop(MyBlock, None)

@@ -37,6 +37,7 @@ class Frame:
         offset: tokens already in the cache.
         prompt_columns: how many columns of the batch are prompt, while generating.
         has_decoder_labels: whether labels, if there are any, are for another sequence than the block's.
+        grad: whether the call wants gradients; inside a reentrant checkpoint torch itself says no.
     """
 
     mask: Any = None
@@ -49,6 +50,7 @@ class Frame:
     offset: int = 0
     prompt_columns: int | None = None
     has_decoder_labels: bool = False
+    grad: bool | None = None
     prompt_end: Tensor | None = None  # from the labels, computed once for all blocks
 
 
@@ -80,6 +82,7 @@ class ForwardContext:
         for name, attribute in OURS.items():
             if name in kwargs and name not in parameters:
                 setattr(frame, attribute, kwargs.pop(name))
+        frame.grad = torch.is_grad_enabled()
         given = {**dict(zip(parameters, args)), **kwargs}
         frame.mask = given.get("attention_mask")
         frame.position_ids = given.get("position_ids")

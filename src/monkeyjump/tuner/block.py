@@ -11,11 +11,14 @@ before one backward, and also when the centers have moved in between.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from monkeyjump.tuner.blocks import BlockHook, hidden_of, hook_of
+from monkeyjump.tuner.gates import GateBox
 from monkeyjump.tuner.router import Router
 
 ROUTER = "jump_router"  # must not contain any PEFT method's prefix: PEFT skips such modules when deleting
@@ -23,40 +26,81 @@ GATES = "mj_gates"
 
 
 class RoutedBlock:
-    """Mixin of the generated block classes."""
+    """Mixin of the generated block classes.
+
+    Attributes:
+        jump_router: the block's router.
+        jump_boxes: further places for gates, by path of a child that sees the tokens in another order.
+    """
 
     jump_router: Router
+    jump_boxes: dict[str, GateBox]
+    routed_class_of: type
+    jump_hook: BlockHook | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if GATES not in kwargs:
-            gates = self.jump_router.route(_hidden(args, kwargs), kwargs)
-            if gates is not None:
-                kwargs[GATES] = gates
+        if GATES not in kwargs and (gates := _route(self, args, kwargs)) is not None:
+            kwargs[GATES] = gates
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # the generated class has the name of the original, so pickle and deepcopy need to be told
-        return _rebuild, (type(self).routed_class_of,), self.__dict__  # type: ignore[attr-defined]
+        return _rebuild, (self.routed_class_of,), self.__dict__
+
+
+def routed_class(original: Any) -> Any:
+    """The routed subclass of a block class; it keeps name, module and signature."""
+    return _routed_class(original, hook_of(original))
 
 
 @functools.cache
-def routed_class(original: Any) -> Any:
-    """The routed subclass of a block class; it keeps name, module and signature."""
-
+def _routed_class(original: Any, hook: BlockHook | None) -> Any:
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, mj_gates: dict[str, Tensor] | None = None, **kwargs: Any) -> Any:
         if mj_gates is None:  # `forward` was called directly
-            mj_gates = self.jump_router.route(_hidden(args, kwargs), kwargs)
+            mj_gates = _route(self, args, kwargs)
         with self.jump_router.box.showing(mj_gates):
-            return original.forward(self, *args, **kwargs)
+            if not self.jump_boxes:
+                return original.forward(self, *args, **kwargs)
+            with _rearranged(self, mj_gates, args, kwargs):
+                return original.forward(self, *args, **kwargs)
 
     names = {
         "routed_class_of": original,
+        "jump_hook": hook,
         "forward": forward,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
     }
     return type(original.__name__, (RoutedBlock, original), names)
+
+
+def _route(block: RoutedBlock, args: tuple, kwargs: dict[str, Any]) -> dict[str, Tensor] | None:
+    """The gates of one call of a block."""
+    router, hook = block.jump_router, block.jump_hook
+    hidden = hidden_of(hook, args, kwargs)
+    if hidden.shape[-1] != router.dim:
+        raise ValueError(
+            f"{router.name}: hidden states of width {hidden.shape[-1]} came where {router.dim} was expected; give the "
+            "width with register_block(..., hidden_size=...) before get_peft_model"
+        )
+    if hook is None or hook.attended is None:
+        return router.route(hidden, kwargs)
+    frames = router.context.frames
+    told = {"mask": hook.attended(hook.inputs(args, kwargs)), "offset": frames[-1].offset if frames else 0}
+    with router.context.inputs(**told):
+        return router.route(hidden, kwargs)
+
+
+@contextmanager
+def _rearranged(block: Any, gates: dict[str, Tensor] | None, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Show the gates to the children that see the tokens in another order, in that order."""
+    with ExitStack() as stack:
+        inputs = block.jump_hook.inputs(args, kwargs)
+        for child, arrange in block.jump_hook.rearrange.items():
+            own = None if gates is None else {name: arrange(block, m, inputs) for name, m in gates.items()}
+            stack.enter_context(block.jump_boxes[child].showing(own))
+        yield
 
 
 def _rebuild(original: Any) -> nn.Module:
@@ -68,13 +112,22 @@ def install_router(block: nn.Module, router: Router) -> None:
     """Make `block` a routed block."""
     setattr(block, ROUTER, router)
     original: Any = type(block)
-    block.__class__ = routed_class(original)
+    cls = routed_class(original)
+    block.__dict__["jump_boxes"] = {child: GateBox() for child in cls.jump_hook.rearrange} if cls.jump_hook else {}
+    block.__class__ = cls
     _rebind(block)
+
+
+def box_of(block: Any, slot: str) -> GateBox:
+    """Where the gates for a slot of a routed block are shown."""
+    inside = (box for child, box in block.jump_boxes.items() if slot.startswith(child + "."))
+    return next(inside, block.jump_router.box)
 
 
 def remove_router(block: nn.Module) -> None:
     """Give the block its own class back."""
     delattr(block, ROUTER)
+    del block.__dict__["jump_boxes"]
     block.__class__ = type(block).routed_class_of  # type: ignore[attr-defined]
     _rebind(block)
 
@@ -83,10 +136,3 @@ def _rebind(block: nn.Module) -> None:
     # accelerate's hooks keep the forward that they found, bound to the former class
     if "_old_forward" in block.__dict__:
         block._old_forward = type(block).forward.__get__(block)
-
-
-def _hidden(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states `[B, T, d]` among a block's arguments: the first tensor."""
-    if "hidden_states" in kwargs:
-        return kwargs["hidden_states"]
-    return next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))

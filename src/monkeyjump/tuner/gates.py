@@ -63,7 +63,8 @@ class Gate:
         """This slot's gate, broadcastable over the last dimension of `x`.
 
         Args:
-            x: the layer's input, `[B, T, d_in]` or flattened `[B * T, d_in]`.
+            x: the layer's input, `[B, T, d_in]`, or the same tokens in order as `[B * T, d_in]` or
+                `[B, height, width, d_in]`.
 
         Raises:
             RuntimeError: the layer runs outside its block, or on other tokens than the block's.
@@ -80,6 +81,11 @@ class Gate:
             per_row = x.shape[0] // m.shape[0]
             if m.shape[1] in (1, per_row):
                 return m.expand(-1, per_row).reshape(-1, 1)
+        if x.dim() > 3 and m.shape[0] == x.shape[0]:
+            if m.shape[1] == 1:
+                return m.reshape(-1, *[1] * (x.dim() - 1))
+            if x.shape[1:-1].numel() == m.shape[1]:
+                return m.reshape(*x.shape[:-1], 1)
         raise RuntimeError(
             f"{self.name} got an input of shape {tuple(x.shape)}, but its block routed {m.shape[0]} rows of "
             f"{m.shape[1]} tokens; add it to shared_modules"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,23 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.save_and_load import _filter_state_dict_for_adapter_name
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from monkeyjump.config import MonkeyJumpConfig
-from monkeyjump.routing.context import ForwardContext
-from monkeyjump.tuner.block import ROUTER, RoutedBlock, install_router, remove_router
+from monkeyjump.tuner.announce import announce
+from monkeyjump.tuner.block import ROUTER, RoutedBlock, box_of, install_router, remove_router
 from monkeyjump.tuner.folder import check_fingerprint, check_keys, fingerprint
 from monkeyjump.tuner.fused import fuse
 from monkeyjump.tuner.gates import CANNOT_MERGE, Gate, install_gate, remove_gates
+from monkeyjump.tuner.reach import call_adapters_in_evaluation, why_silent
 from monkeyjump.tuner.router import Router
 from monkeyjump.tuner.state import split_training_state, training_state
-from monkeyjump.tuner.targets import BlockPlan, check_targets, default_targets, plan_blocks
-
-logger = logging.getLogger("monkeyjump")
+from monkeyjump.tuner.surroundings import context_of, hidden_size, holder_of, remove_context
+from monkeyjump.tuner.targets import BlockPlan, check_targets, default_targets, inside_adapter, plan_blocks
 
 _Tuner: Any = BaseTuner if TYPE_CHECKING else object  # always mixed into a tuner class
 
@@ -46,17 +45,28 @@ class RoutedTuner(_Tuner):
     # ------------------------------------------------------------------ injection
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        if peft_config.target_modules is None and not getattr(peft_config, "target_parameters", None):
-            peft_config.target_modules = set(default_targets(self.model))
+        by_default = peft_config.target_modules is None and not getattr(peft_config, "target_parameters", None)
+        if by_default:
+            peft_config.target_modules = default_targets(self.model)
         prepared = super()._prepare_adapter_config(peft_config, model_config)
-        check_targets(self.model, prepared)
-        if not _is_all_linear(prepared.target_modules):  # before any layer is replaced
-            names = [n for n, _ in self.model.named_modules() if n and self._is_target(prepared, n)]
-            plan_blocks(self.model, prepared, names)
+        names = self._targeted(prepared)
+        if by_default and not isinstance(prepared.exclude_modules, str):
+            silent = [name for name in names if why_silent(self.model, name, training=True)]
+            prepared.exclude_modules = [*(prepared.exclude_modules or ()), *silent] or None
+            names = [name for name in names if name not in silent]
+        check_targets(self.model, prepared, names)
+        plan_blocks(self.model, prepared, names)  # refused, if at all, before any layer is replaced
+        if names and all(isinstance(self.model.get_submodule(name), Conv1D) for name in names):
+            prepared.fan_in_fan_out = True  # PEFT would set it, with a warning
+        call_adapters_in_evaluation(self.model)
         return prepared
 
-    def _is_target(self, config: PeftConfig, name: str) -> bool:
-        return bool(self._check_target_module_exists(config, name))
+    def _targeted(self, config: PeftConfig) -> list[str]:
+        """Paths of the modules that PEFT will adapt, in definition order."""
+        named = _maybe_include_all_linear_layers(copy.copy(config), self.model)
+        paths = [name for name, _ in self.model.named_modules() if name]
+        wanted = [name for name in paths if self._check_target_module_exists(named, name)]
+        return [name for name in wanted if not inside_adapter(self.model, name)]
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name: str, target: nn.Module, *args: Any, **kw: Any
@@ -75,14 +85,14 @@ class RoutedTuner(_Tuner):
             name: layer
             for name, layer in model.named_modules()
             if isinstance(layer, BaseTunerLayer)
-            and not isinstance(layer, Router)
+            and not isinstance(layer, (Router, ParamWrapper))  # an adapter on a parameter acts on every token
             and adapter_name in layer._all_available_adapter_names()
         }
         for layer in layers.values():
             fuse(layer)
         for plan in plan_blocks(model, config, layers):
             self._route_block(model, adapter_name, config, plan, layers)
-        _report(model, adapter_name, config)
+        announce(model, [r for r in routers(model) if adapter_name in r.slots], adapter_name, config)
 
     def _route_block(
         self,
@@ -95,16 +105,16 @@ class RoutedTuner(_Tuner):
         block = model.get_submodule(plan.name)
         inside = [layers[f"{plan.name}.{slot}"] for slot in plan.routed]
         if not isinstance(block, RoutedBlock):
-            holder = _holder(model, plan.name)
-            context = _context_of(model, holder)
-            dim = _hidden_size(model, plan.name, holder, inside[0])
+            holder = holder_of(model, plan.name)
+            context = context_of(model, holder)
+            dim = hidden_size(model, plan.name, holder, inside[0])
             install_router(block, Router(plan.name, dim, context, list(self.active_adapters)))
         router: Router = getattr(block, ROUTER)
         router.add(adapter, config, plan.routed, _device_of(inside[0]))
         for slot in (*plan.routed, *plan.shared):
-            layers[f"{plan.name}.{slot}"].__dict__["jump_box"] = router.box
-        for number, layer in enumerate(inside):
-            gate = Gate(router.box, adapter, number, f"{plan.name}.{plan.routed[number]}")
+            layers[f"{plan.name}.{slot}"].__dict__["jump_box"] = box_of(block, slot)
+        for number, (slot, layer) in enumerate(zip(plan.routed, inside)):
+            gate = Gate(box_of(block, slot), adapter, number, f"{plan.name}.{slot}")
             install_gate(layer, adapter, gate, config.base.upper())
 
     # ------------------------------------------------------------------ forward
@@ -146,7 +156,7 @@ class RoutedTuner(_Tuner):
         for module in list(model.modules()):
             if hasattr(module, ROUTER):
                 remove_router(module)
-        _remove_context(model)
+        remove_context(model)
         return model
 
     # ------------------------------------------------------------------ saving and loading
@@ -223,86 +233,6 @@ def routing_inputs(model: nn.Module, **given: Any) -> AbstractContextManager[Non
     return routers(model)[0].context.inputs(**given)
 
 
-def _holder(model: nn.Module, block: str) -> nn.Module:
-    """The innermost transformers model around a block: its mask is the one of the block's tokens."""
-    holder: Any = model
-    path: Any = model
-    for part in block.split("."):
-        path = getattr(path, part)
-        if isinstance(path, PreTrainedModel):
-            holder = path
-    return holder
-
-
-def _context_of(model: nn.Module, holder: nn.Module) -> ForwardContext:
-    """The model's context, with its hooks on the outermost model and on the one that holds the blocks."""
-    context = _hooked(model)
-    if context is None:
-        context = ForwardContext()
-        context.watch(model)
-    if _hooked(holder) is None:
-        context.watch(holder)
-    return context
-
-
-def _hooked(model: nn.Module) -> ForwardContext | None:
-    owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
-    return next((owner for owner in owners if isinstance(owner, ForwardContext)), None)
-
-
-def _remove_context(model: nn.Module) -> None:
-    for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in list(hooks.items()):
-                if isinstance(getattr(hook, "__self__", None), ForwardContext):
-                    del hooks[key]
-                    for marks in (
-                        module._forward_pre_hooks_with_kwargs,
-                        module._forward_hooks_with_kwargs,
-                        module._forward_hooks_always_called,
-                    ):
-                        marks.pop(key, None)
-
-
-def _hidden_size(model: nn.Module, block: str, holder: nn.Module, first: BaseTunerLayer) -> int:
-    """Width of the hidden states entering a block.
-
-    Its own norm knows best (the width may differ from stage to stage), then the model's config, then
-    the first adapted layer. Norms deeper inside may be as narrow as one attention head.
-    """
-    for child in model.get_submodule(block).children():
-        if type(child).__name__.endswith("Norm") and isinstance(weight := getattr(child, "weight", None), Tensor):
-            return int(weight.shape[-1])
-    width = getattr(getattr(holder, "config", None), "hidden_size", None)
-    return int(first.in_features if width is None else width)
-
-
 def _device_of(layer: BaseTunerLayer) -> torch.device:
     weight = next(layer.get_base_layer().parameters())
     return torch.device("cpu") if weight.is_meta else weight.device
-
-
-def _is_all_linear(targets: Any) -> bool:
-    return isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
-
-
-def _report(model: nn.Module, adapter: str, config: MonkeyJumpConfig) -> None:
-    """Say per block what is routed, and once what is out of the ordinary."""
-    mine = [r for r in routers(model) if adapter in r.slots]
-    for router in mine:
-        logger.info("%s: routed %s", router.name, ", ".join(router.slots[adapter]))
-    if config.granularity == "task":
-        return
-    few = [r.name for r in mine if len(r.slots[adapter]) < config.top_k]
-    if few:
-        logger.warning("fewer than top_k=%d routed adapters, so all act, in: %s", config.top_k, ", ".join(few))
-    uneven = {len(r.slots[adapter]) for r in mine}
-    if len(uneven) > 1:
-        logger.warning("the number of routed adapters differs between blocks: %s", sorted(uneven))
-    decoder = config.task_type == "CAUSAL_LM" or type(model).__name__.endswith("ForCausalLM")
-    if decoder and config.granularity in ("last", "mean", "max"):
-        logger.warning(
-            "granularity=%r sees the answer in training, which generation does not have; 'prompt_end' "
-            "decides on what both have",
-            config.granularity,
-        )

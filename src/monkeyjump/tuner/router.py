@@ -167,7 +167,9 @@ class Router(nn.Module, BaseTunerLayer):
         if centers.device != states.device:  # a block may have been dispatched elsewhere
             centers = centers.to(states.device)
         # a recomputation inside a backward pass is not another micro-batch
-        gathers = self.gathering.get(adapter, False) and self.training and torch.is_grad_enabled()
+        grad = self.context.first("grad")  # a block inside a checkpointed stage (Swin) runs without
+        grad = torch.is_grad_enabled() if grad is None else grad
+        gathers = self.gathering.get(adapter, False) and self.training and grad
         gathers = gathers and torch._C._current_graph_task_id() == -1
         with torch.set_grad_enabled(learned and torch.is_grad_enabled()), _float32_region(states):
             states = states.detach()

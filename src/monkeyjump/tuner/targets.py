@@ -2,7 +2,8 @@
 
 slot     a targeted module of a block, named by its path within the block ("self_attn.q_proj")
 routed   it is an expert: its adapter acts on the tokens that the block's router sends to it
-shared   its adapter acts on every token of a routed block
+shared   its adapter acts on every token of a routed block; keys and values of cross-attention always
+         are, because they read other tokens than the block's
 plain    it lies outside any routed block: an ordinary PEFT adapter
 """
 
@@ -22,18 +23,9 @@ from transformers.pytorch_utils import Conv1D
 
 from monkeyjump.config import MonkeyJumpConfig
 from monkeyjump.suggest import did_you_mean
-
-# What a projection is called differs by family; the first row whose names all occur is the default.
-DEFAULT_TARGETS = (
-    ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj"),  # Llama, Mistral, Qwen, Gemma, ...
-    ("q_proj", "k_proj", "v_proj", "out_proj"),  # OPT, BART, CLIP, ...
-    ("query", "key", "value", "attention.output.dense"),  # BERT, RoBERTa, ViT, ...
-    ("q", "k", "v", "o"),  # T5
-    ("c_attn", "c_proj", "c_fc"),  # GPT-2
-    ("query_key_value", "dense"),  # Falcon, GPT-NeoX, ...
-)
-# the attention output and the gate of the feed-forward part (Table 13)
-DEFAULT_SHARED = ("o_proj", "gate_proj", "out_proj", "attention.output.dense", "o", "attn.c_proj")
+from monkeyjump.tuner.architectures import DEFAULT_SHARED, DEFAULT_TARGETS, language_tower, reads_other_tokens, within
+from monkeyjump.tuner.blocks import hook_of
+from monkeyjump.tuner.reach import check_reach
 
 
 @dataclass(frozen=True)
@@ -61,29 +53,35 @@ def matches(name: str, wanted: Sequence[str] | str | None) -> bool:
     return any(name == suffix or name.endswith("." + suffix) for suffix in wanted)
 
 
-def default_targets(model: nn.Module) -> list[str]:
-    """Projections to adapt where the user names none.
+def default_targets(model: nn.Module) -> set[str] | str:
+    """Projections to adapt where the user names none: names, or a regex for the language tower alone.
 
     Raises:
         ValueError: no known set of names occurs; the message lists the model's linear modules.
     """
     names = _linear_names(model)
+    tower = language_tower(model)
+    inside = names if tower is None else [name for name in names if name.startswith(tower + ".")]
     for row in DEFAULT_TARGETS:
-        if all(any(matches(name, [target]) for name in names) for target in row):
-            return list(row)
+        if all(any(matches(name, [target]) for name in inside) for target in row):
+            return set(row) if tower is None else within(tower, row)
     leaves = sorted({name.rpartition(".")[2] for name in names})
     raise ValueError(
         f"target_modules=None, and there is no default for this architecture; name some of: {', '.join(leaves)}"
     )
 
 
-def check_targets(model: nn.Module, config: MonkeyJumpConfig) -> None:
-    """Refuse names that match nothing, which PEFT lets pass as long as another one matches.
+def check_targets(model: nn.Module, config: MonkeyJumpConfig, targeted: Iterable[str]) -> None:
+    """Refuse names that match nothing, which PEFT lets pass as long as another one matches, and silent adapters.
+
+    Args:
+        targeted: paths of all modules that will be adapted.
 
     Raises:
-        ValueError: naming the field, the name and its near misses.
+        ValueError: naming the field, the name and its near misses, or why an adapter would be silent.
     """
-    names = [n for n, m in model.named_modules() if n and not _inside_adapter(model, n)]
+    check_reach(model, targeted, training=not config.inference_mode)
+    names = [n for n, m in model.named_modules() if n and not inside_adapter(model, n)]
     targets = config.target_modules
     if isinstance(targets, str):
         if targets.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND and not any(matches(n, targets) for n in names):
@@ -94,16 +92,25 @@ def check_targets(model: nn.Module, config: MonkeyJumpConfig) -> None:
         return
     for target in targets or ():
         if not any(matches(name, [target]) for name in names):
+            if (found := next((n for n, _ in model.named_parameters() if matches(n, [target])), None)) is not None:
+                raise ValueError(
+                    f"target_modules names {target!r}, but {found} is a parameter and no module (a mixture of experts "
+                    "keeps its experts in one), so no token can be routed to an adapter on it; leave it out, or name "
+                    "it in target_parameters for an adapter without routing"
+                )
             raise ValueError(_no_match("target_modules", target, _linear_names(model)))
 
 
 def block_of(model: nn.Module, module_name: str) -> str | None:
     """Path of the block around a module, or None where it lies in no block.
 
-    A block is the nearest gradient-checkpointing layer of transformers, else the outermost
-    element of a `ModuleList`.
+    A block is the nearest instance of a registered class (`register_block`), else the nearest
+    gradient-checkpointing layer of transformers, else the outermost element of a `ModuleList`.
     """
     parents = _parents(model, module_name)
+    for name, parent in reversed(parents):
+        if hook_of(type(parent)) is not None:
+            return name
     for name, parent in reversed(parents):
         if isinstance(parent, GradientCheckpointingLayer):
             return name
@@ -126,9 +133,15 @@ def plan_blocks(model: nn.Module, config: MonkeyJumpConfig, adapted: Iterable[st
             `task_experts` is no slot.
     """
     members: dict[str, list[str]] = defaultdict(list)
+    adapted = list(adapted)
     for name in adapted:
         if (block := block_of(model, name)) is not None:
             members[block].append(name.removeprefix(block + "."))
+    if adapted and not members:
+        raise ValueError(
+            f"no module is routed: {adapted[0]} lies in no block (a ModuleList's element, or a gradient-checkpointing "
+            "layer); target modules inside the model's blocks, or say which class is one with register_block(YourBlock)"
+        )
     slots = sorted({slot for inside in members.values() for slot in inside})
     shared = DEFAULT_SHARED if config.shared_modules is None else config.shared_modules
     _check_names("shared_modules", config.shared_modules, slots, "targeted")
@@ -139,9 +152,10 @@ def plan_blocks(model: nn.Module, config: MonkeyJumpConfig, adapted: Iterable[st
         index = block_index(block)
         if not _is_routed_layer(index, config.layers_to_route):
             continue
-        routed = [slot for slot in inside if not matches(slot, shared)]
+        candidates = [slot for slot in inside if not reads_other_tokens(slot)]
+        routed = [slot for slot in candidates if not matches(slot, shared)]
         if not routed and config.shared_modules is None:
-            routed = inside  # sharing by default never takes the last expert
+            routed = candidates  # sharing by default never takes the last expert
         if routed:
             always = tuple(slot for slot in inside if slot not in routed)
             for task, names in (config.task_experts or {}).items():
@@ -196,10 +210,11 @@ def _no_match(field: str, name: str, names: Iterable[str]) -> str:
 
 def _linear_names(model: nn.Module) -> list[str]:
     kinds = (nn.Linear, Conv1D, BaseTunerLayer)
-    return [n for n, m in model.named_modules() if n and isinstance(m, kinds) and not _inside_adapter(model, n)]
+    return [n for n, m in model.named_modules() if n and isinstance(m, kinds) and not inside_adapter(model, n)]
 
 
-def _inside_adapter(model: nn.Module, name: str) -> bool:
+def inside_adapter(model: nn.Module, name: str) -> bool:
+    """Whether a path leads into an adapted layer."""
     return any(isinstance(parent, BaseTunerLayer) for _, parent in _parents(model, name)[:-1])
 
 
