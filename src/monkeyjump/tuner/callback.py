@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft.tuners.adalora import AdaLoraModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from monkeyjump.presets import PRESETS
@@ -222,7 +223,7 @@ class CenterUpdate(TrainerCallback):
             if total_steps is None:
                 raise ValueError(f"until={self.until} is a share of all steps: pass total_steps= to attach as well")
             self.last = math.floor(self.until * total_steps)
-        self._check_total_step(total_steps)
+        self._check_adalora(total_steps)
         self.completed = completed
         for router in self._routers:
             router.pending.clear()
@@ -262,8 +263,15 @@ class CenterUpdate(TrainerCallback):
             router.schedule = None
         self._undo, self._routers = [], []
 
-    def _check_total_step(self, total_steps: int | None) -> None:
-        if self._adalora is None or total_steps is None:
+    def _check_adalora(self, total_steps: int | None) -> None:
+        if self._adalora is None:
+            return
+        if any(isinstance(parameter, DTensor) for parameter in self._adalora.parameters()):
+            raise ValueError(
+                "base='adalora' cannot be sharded by FSDP2: PEFT's rank allocation reads whole matrices and gradients; "
+                "train it under DDP, or take base='lora'"
+            )
+        if total_steps is None:
             return
         config = self._adalora.peft_config[self._adalora.trainable_adapter_name]
         if config.total_step != total_steps:

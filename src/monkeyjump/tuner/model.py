@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from monkeyjump.config import MonkeyJumpConfig
 from monkeyjump.routing.context import ForwardContext
 from monkeyjump.tuner.block import ROUTER, RoutedBlock, install_router, remove_router
-from monkeyjump.tuner.folder import check_fingerprint, check_keys, fingerprint
+from monkeyjump.tuner.folder import check_fingerprint, check_keys, check_whole, fingerprint
 from monkeyjump.tuner.fused import fuse
 from monkeyjump.tuner.gates import CANNOT_MERGE, Gate, install_gate, remove_gates
 from monkeyjump.tuner.router import Router
@@ -157,6 +157,7 @@ class RoutedTuner(_Tuner):
         config.base_fingerprint = fingerprint(model)
         saved = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         saved.update(_router_entries(model, adapter_name, state_dict))  # some methods pick by their own prefix
+        check_whole(saved)
         return {**saved, **training_state(model, adapter_name)}
 
     @classmethod
