@@ -51,6 +51,11 @@ def run_ranks(function: Callable[..., Any], folder: Path, *given: Any, size: int
     return [torch.load(folder / f"{rank}.pt") for rank in range(size) if (folder / f"{rank}.pt").exists()]
 
 
+def process(function: Callable[..., Any], *given: Any) -> Any:
+    """A process that is to call `function(*given)`, not yet started."""
+    return _server.Process(target=function, args=given)
+
+
 def _run(function: Callable[..., Any], rank: int, size: int, folder: Path, given: tuple) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), size)
