@@ -51,9 +51,9 @@ def run_ranks(function: Callable[..., Any], folder: Path, *given: Any, size: int
     return [torch.load(folder / f"{rank}.pt") for rank in range(size) if (folder / f"{rank}.pt").exists()]
 
 
-def process(function: Callable[..., Any], *given: Any) -> Any:
-    """A process that is to call `function(*given)`, not yet started."""
-    return _server.Process(target=function, args=given)
+def process(function: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    """A process that is to call `function(*given, **named)`, not yet started."""
+    return _server.Process(target=function, args=given, kwargs=named)
 
 
 def _run(function: Callable[..., Any], rank: int, size: int, folder: Path, given: tuple) -> None:

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from monkeyjump.tuner.block import RoutedBlock
 from monkeyjump.tuner.model import routers
-from tiny import llama, tokens, trainable
+from tiny import llama, routed, tokens, trainable
 
 pytestmark = [pytest.mark.slow, pytest.mark.proves("integration", "FSDP2, 2 processes")]
 
@@ -87,6 +87,25 @@ def test_adapters_sharded_one_by_one(tmp_path: Path) -> None:
 
 def test_with_gradient_checkpointing(tmp_path: Path) -> None:
     compare("lora", tmp_path, checkpointing=True)
+
+
+def in_half_precision(rank: int) -> dict[str, Any]:
+    """A bfloat16 base with float32 adapters, in one group of parameters."""
+    model = routed(llama().to(torch.bfloat16), task_type="CAUSAL_LM", top_k=1).train()
+    start = state_of(model)
+    shard(model, each_adapter=False)
+    run = train(model, [shares(step)[rank] for step in range(STEPS)], [4] * STEPS, ranks=2)
+    return {"start": start, "state": {n: whole(v) for n, v in run["state"].items()}, "losses": run["losses"]}
+
+
+def test_a_base_in_half_precision_keeps_adapters_and_centers_in_float32(tmp_path: Path) -> None:
+    first, second = run_ranks(in_half_precision, tmp_path)
+    for name, value in first["state"].items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, second["state"][name])
+        assert not torch.equal(value, first["start"][name])
+    total = first["losses"] + second["losses"]
+    assert total.isfinite().all()
 
 
 def refused(rank: int, folder: str) -> list[str]:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,66 +22,67 @@ from training import ADAPTERS, STEPS, Run, as_argument, main
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("training.py")
+LIMIT = 120  # seconds for the processes of one run
 
 
-def wait_for(condition: Any, what: str, seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"no {what} within {seconds} s"
-        time.sleep(0.02)
-
-
-def kill(stopped: list[Path]) -> None:
-    """SIGKILL to the processes that wrote their numbers into these files."""
-    for path in stopped:
-        wait_for(lambda path=path: path.exists() and path.read_text(), str(path))
-        os.kill(int(path.read_text()), signal.SIGKILL)
-
-
-def run_alone(run: Run) -> dict[str, Any]:
-    child = process(main, run)
-    child.start()
+def run(what: Run, size: int = 1) -> list[dict[str, Any]]:
+    """The results of all ranks; none where the run stops, and all its processes are killed together."""
+    folder = Path(what.folder)
+    port = free_port()
+    children = [process(main, what, **environment(rank, size, port)) for rank in range(size)]
+    for child in children:
+        child.start()
+    end = time.monotonic() + LIMIT
     try:
-        if run.stop_at is None:
-            child.join(90)
-        else:
-            kill([Path(run.folder) / "stopped-0"])
-            child.join(10)
+        if what.stop_at is not None:
+            while not all((folder / f"stopped-{rank}").exists() for rank in range(size)):
+                assert time.monotonic() < end
+                assert all(child.is_alive() for child in children)
+                time.sleep(0.02)
+            for child in children:
+                child.kill()  # SIGKILL
+        for child in children:
+            child.join(max(0.0, end - time.monotonic()))
     finally:
-        child.kill()
-    assert child.exitcode == (0 if run.stop_at is None else -signal.SIGKILL)
-    return torch.load(Path(run.folder) / "result-0.pt") if run.stop_at is None else {}
+        for child in children:
+            child.kill()
+    assert [child.exitcode for child in children] == [0 if what.stop_at is None else -signal.SIGKILL] * size
+    return results(folder, size) if what.stop_at is None else []
 
 
-@contextmanager
-def torchrun(run: Run) -> Iterator[subprocess.Popen[str]]:
-    """Two workers; torchrun and what it started are gone at the end."""
+def environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """What torchrun tells its workers."""
+    if size == 1:
+        return {}
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    return {**place, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return int(free.getsockname()[1])
+
+
+def results(folder: Path, size: int) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"result-{rank}.pt") for rank in range(size)]
+
+
+def torchrun(what: Run) -> list[dict[str, Any]]:
     path = os.pathsep.join([str(TESTS), str(TESTS / "unit"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     with subprocess.Popen(
-        [*command, str(SCRIPT), as_argument(run)],
+        [*command, str(SCRIPT), as_argument(what)],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
     ) as agent:
         try:
-            yield agent
+            _, errors = agent.communicate(timeout=LIMIT)
         finally:
             agent.terminate()  # it ends its workers; a kill would leave them
-            try:
-                agent.wait(30)
-            finally:
-                agent.kill()
-
-
-def run_ranks(run: Run) -> list[dict[str, Any]]:
-    with torchrun(run) as agent:
-        if run.stop_at is not None:
-            kill([Path(run.folder) / f"stopped-{rank}" for rank in range(2)])
-            return []
-        _, errors = agent.communicate(timeout=110)
-        assert agent.returncode == 0, errors[-3000:]
-    return [torch.load(Path(run.folder) / f"result-{rank}.pt") for rank in range(2)]
+    assert agent.returncode == 0, errors[-3000:]
+    return results(Path(what.folder), 2)
 
 
 def compare(resumed: dict[str, Any], whole: dict[str, Any]) -> None:
@@ -98,11 +98,10 @@ def compare(resumed: dict[str, Any], whole: dict[str, Any]) -> None:
 @pytest.mark.proves("integration", "resume after SIGKILL")
 @pytest.mark.parametrize("base", ADAPTERS)
 def test_resumed_after_a_kill_equals_the_uninterrupted_run(base: str, tmp_path: Path) -> None:
-    whole = run_alone(Run(base, str(tmp_path / "whole")))
-    killed = Run(base, str(tmp_path / "killed"), stop_at=4)
-    run_alone(killed)
+    [whole] = run(Run(base, str(tmp_path / "whole")))
+    run(Run(base, str(tmp_path / "killed"), stop_at=4))
     assert not (tmp_path / "killed" / "checkpoint-6").exists()
-    resumed = run_alone(Run(base, str(tmp_path / "resumed"), resume=str(tmp_path / "killed" / "checkpoint-3")))
+    [resumed] = run(Run(base, str(tmp_path / "resumed"), resume=str(tmp_path / "killed" / "checkpoint-3")))
     compare(resumed, whole)
     if base == "adalora":
         assert sum(map(sum, whole["ranks"].values())) < 4 * len(whole["ranks"])  # some were pruned
@@ -110,9 +109,8 @@ def test_resumed_after_a_kill_equals_the_uninterrupted_run(base: str, tmp_path: 
 
 @pytest.mark.proves("integration", "torchrun, 2 processes, stock Trainer")
 def test_two_ranks_under_torchrun_equal_one_process(tmp_path: Path) -> None:
-    run = Run("lora", str(tmp_path / "ranks"), dropout=False)
-    first, second = run_ranks(run)
-    alone = run_alone(Run("lora", str(tmp_path / "alone"), dropout=False, batch_size=4))
+    first, second = torchrun(Run("lora", str(tmp_path / "ranks"), dropout=False))
+    [alone] = run(Run("lora", str(tmp_path / "alone"), dropout=False, batch_size=4))
     for name, value in alone["state"].items():
         assert torch.equal(first["state"][name], second["state"][name]), name
         torch.testing.assert_close(first["state"][name], value, atol=1e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
@@ -121,10 +119,13 @@ def test_two_ranks_under_torchrun_equal_one_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.proves("integration", "resume after SIGKILL under DDP")
-def test_two_ranks_resumed_after_a_kill_equal_the_uninterrupted_run(tmp_path: Path) -> None:
-    whole = run_ranks(Run("lora", str(tmp_path / "whole"), checkpointing=True))
-    run_ranks(Run("lora", str(tmp_path / "killed"), stop_at=4, checkpointing=True))
+@pytest.mark.parametrize("base", ["lora", "adalora"])
+def test_two_ranks_resumed_after_a_kill_equal_the_uninterrupted_run(base: str, tmp_path: Path) -> None:
+    settings = {"base": base, "checkpointing": base == "lora"}
+    whole = run(Run(folder=str(tmp_path / "whole"), **settings), size=2)
+    run(Run(folder=str(tmp_path / "killed"), stop_at=4, **settings), size=2)
     checkpoint = tmp_path / "killed" / "checkpoint-3"
-    resumed = run_ranks(Run("lora", str(tmp_path / "resumed"), resume=str(checkpoint), checkpointing=True))
+    resumed = run(Run(folder=str(tmp_path / "resumed"), resume=str(checkpoint), **settings), size=2)
     for mine, theirs in zip(resumed, whole):
         compare(mine, theirs)
+        assert all(torch.equal(value, whole[0]["state"][name]) for name, value in theirs["state"].items())

@@ -37,8 +37,8 @@ class Run:
     Attributes:
         folder: checkpoints, and `result-<rank>.pt` at the end.
         resume: a checkpoint to go on from.
-        stop_at: a step at which the process writes `stopped-<rank>` and waits to be killed.
-        rows_per_step: of one rank.
+        stop_at: a step after which the process writes `stopped-<rank>` and waits to be killed.
+        batch_size: rows of one rank and micro-batch.
     """
 
     base: str
@@ -58,7 +58,7 @@ class StopHere(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.run.stop_at:
-            (Path(self.run.folder) / f"stopped-{args.process_index}").write_text(str(os.getpid()))
+            (Path(self.run.folder) / f"stopped-{args.process_index}").touch()
             time.sleep(600)
 
 
@@ -113,7 +113,8 @@ def train(run: Run) -> dict[str, Any]:
     return {"state": state, "logs": logs, "completed": update.completed, "ranks": ranks}
 
 
-def main(run: Run) -> None:
+def main(run: Run, **environment: str) -> None:
+    os.environ.update(environment)
     torch.set_num_threads(1)
     result = train(run)
     torch.save(result, Path(run.folder) / f"result-{os.environ.get('RANK', 0)}.pt")
