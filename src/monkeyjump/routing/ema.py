@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,12 +51,25 @@ class CenterStatistics:
             weight = weight / norms.clamp_min(1e-12)
         return cls(weight.T @ states, counts)
 
+    @classmethod
+    def none(cls, centers: int, dim: int, device: torch.device) -> CenterStatistics:
+        """Of no state at all."""
+        return cls(torch.zeros(centers, dim, device=device), torch.zeros(centers, device=device))
+
     def __add__(self, other: CenterStatistics | None) -> CenterStatistics:
         if other is None:
             return self
         return CenterStatistics(self.sums + other.sums, self.counts + other.counts)
 
     __radd__ = __add__
+
+
+def summed(
+    statistics: list[CenterStatistics], reduce: Callable[[list[Tensor]], list[Tensor]] = list
+) -> list[CenterStatistics]:
+    """Statistics of several centers, summed over the processes that `reduce` sums over (none, by default)."""
+    tensors = reduce([tensor for one in statistics for tensor in (one.sums, one.counts)])
+    return [CenterStatistics(sums, counts) for sums, counts in zip(tensors[::2], tensors[1::2])]
 
 
 def moved_centers(centers: Tensor, statistics: CenterStatistics, momentum: float, space: EmaSpace) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import zlib
 from collections.abc import Iterator, Mapping
 from itertools import chain, islice
 from typing import Any
@@ -16,31 +17,50 @@ from monkeyjump.routing.context import OURS
 from monkeyjump.routing.pooling import IGNORED_LABEL
 
 
-def batches_of(data: Any, tokenizer: Any, batch_size: int, seed: int) -> Iterator[Mapping[str, Any]]:
+def batches_of(
+    data: Any, tokenizer: Any, batch_size: int, seed: int, rank: int = 0, size: int = 1
+) -> Iterator[Mapping[str, Any]]:
     """Batches of `data`, which is a loader or iterable of batches, a data set of rows, or texts.
 
-    Rows and texts come in a seeded random order; batches come as they are.
+    Rows and texts come in a seeded random order, of which rank r of `size` takes the batches r, r + size, ...;
+    batches come as they are.
 
     Raises:
-        ValueError: texts without a tokenizer, rows without `input_ids`, or no data at all.
+        ValueError: a single mapping; in iterating, texts without a tokenizer or rows without `input_ids`.
     """
     if isinstance(data, Mapping):
         raise ValueError(
             f"data is a single mapping of {', '.join(map(str, data))}; pass a list of batches, a loader, or one split "
             "of a data set"
         )
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        if len(data) == 0:
-            raise ValueError("data is empty; pass at least one batch, row or text")
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
-        items: Iterator[Any] = (data[i] for i in (range(len(data)) if _is_batch(data[0]) else order))
-    else:
-        items = iter(data)
+    if _is_data_set(data):
+        count = len(data)
+        if _is_batch(data[0]):
+            return (data[i] for i in range(count))
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+        starts = range(rank * batch_size, count, size * batch_size)
+        return _batches_of_rows(
+            (data[i] for start in starts for i in order[start : start + batch_size]), tokenizer, batch_size
+        )
+    items = iter(data)
     first = next(items, None)
     if first is None:
         return iter(())
     items = chain([first], items)
     return items if _is_batch(first) else _batches_of_rows(items, tokenizer, batch_size)
+
+
+def identity(data: Any) -> str | None:
+    """What tells one data set of rows from another; None where `data` is a share of batches or a stream."""
+    if isinstance(data, Mapping) or not _is_data_set(data) or _is_batch(data[0]):
+        return None
+    ends = zlib.crc32(f"{data[0]!r} {data[len(data) - 1]!r}".encode())
+    return f"{len(data)} rows (checksum of the first and last: {ends:08x})"
+
+
+def _is_data_set(data: Any) -> bool:
+    """Whether items can be had by number, and there are any."""
+    return hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data) > 0
 
 
 def _is_batch(item: Any) -> bool:

@@ -4,22 +4,40 @@ from __future__ import annotations
 
 import logging
 import math
+import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft.tuners.adalora import AdaLoraModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from monkeyjump.presets import PRESETS
-from monkeyjump.routing.ema import moved_centers
+from monkeyjump.routing.collectives import Ranks, all_ranks
+from monkeyjump.routing.ema import CenterStatistics, moved_centers, summed
 from monkeyjump.suggest import check_choice
 from monkeyjump.tuner.model import routers
 from monkeyjump.tuner.router import Router
 from monkeyjump.tuner.state import split_training_state, training_state
 
 logger = logging.getLogger("monkeyjump")
+
+
+@dataclass(frozen=True)
+class _Moving:
+    """Centers that this run moves; they may be deleted before it ends."""
+
+    router: Router
+    adapter: str
+    shape: tuple[int, int]
+    device: torch.device
+
+    def take_pending(self) -> CenterStatistics:
+        pending = self.router.pending.pop(self.adapter, None)
+        return CenterStatistics.none(*self.shape, self.device) if pending is None else pending
 
 
 class CenterUpdate(TrainerCallback):
@@ -30,6 +48,10 @@ class CenterUpdate(TrainerCallback):
     training forwards over all micro-batches since the last update; a step that was skipped
     (fp16 overflow) neither counts nor leaves its statistics. For AdaLoRA it also runs PEFT's rank
     schedule, which Trainer alone never calls.
+
+    In a distributed run (torch.distributed is initialized) every rank has one, with the same schedule on the
+    same adapters. After each step its statistics are summed over all ranks, so that every rank holds the same
+    centers, and whichever rank writes a checkpoint writes what all of them gathered.
 
     A checkpoint saved in between carries what was gathered, in the adapter's file, so that a resumed
     run equals the uninterrupted one.
@@ -55,6 +77,8 @@ class CenterUpdate(TrainerCallback):
         self._has_gradients = False  # since the last step
         self._undo: list[Callable[[], Any]] = []
         self._routers: list[Router] = []
+        self._moving: list[_Moving] = []
+        self._ranks = Ranks()
         self._adalora: AdaLoraModel | None = None
 
     @classmethod
@@ -73,6 +97,9 @@ class CenterUpdate(TrainerCallback):
         Args:
             total_steps: optimizer steps of the whole run; needed where `until` is a share.
             completed: steps that a resumed run has behind it; 0 starts anew.
+
+        Raises:
+            ValueError: the schedule does not fit the run, or another rank's schedule, adapters or centers differ.
         """
         self._begin(model, total_steps, completed)
         inner = getattr(optimizer, "optimizer", optimizer)
@@ -114,9 +141,11 @@ class CenterUpdate(TrainerCallback):
         self._has_gradients = False
         self.completed += 1
         due = self.completed % self.every == 0
-        for router in self._routers:
-            for adapter in [a for a, on in router.gathering.items() if on]:
-                _keep_pending(router, adapter)
+        of_this_step = summed([moving.take_pending() for moving in self._moving], self._ranks.sum)
+        for moving, statistics in zip(self._moving, of_this_step):
+            router, adapter = moving.router, moving.adapter
+            if adapter in router.centers:
+                router.gathered[adapter] = statistics + router.gathered.get(adapter)
                 router.steps[adapter] = self.completed
                 if due:
                     _move(router, adapter)
@@ -180,13 +209,21 @@ class CenterUpdate(TrainerCallback):
     # ------------------------------------------------------------------ inside
 
     def _begin(self, model: nn.Module, total_steps: int | None, completed: int) -> None:
+        ranks = all_ranks()
+        _check_equal(ranks.exchange(ranks.together(lambda: self._prepare(model, total_steps, completed))))
+        self._ranks = ranks
+        if self.last is not None and 0 < self.last < self.every:
+            logger.warning("CenterUpdate(every=%d, until=%s) never moves a center", self.every, self.until)
+
+    def _prepare(self, model: nn.Module, total_steps: int | None, completed: int) -> dict[str, Any]:
+        """Make ready to count steps; returns what must be the same on every rank, by name."""
         self._claim(routers(model))
         self._adalora = next((m for m in model.modules() if isinstance(m, AdaLoraModel)), None)
         if isinstance(self.until, float):
             if total_steps is None:
                 raise ValueError(f"until={self.until} is a share of all steps: pass total_steps= to attach as well")
             self.last = math.floor(self.until * total_steps)
-        self._check_total_step(total_steps)
+        self._check_adalora(total_steps)
         self.completed = completed
         for router in self._routers:
             router.pending.clear()
@@ -194,8 +231,11 @@ class CenterUpdate(TrainerCallback):
                 router.gathered.clear()
             for adapter in [a for a in router.centers if not router.configs[a].inference_mode]:
                 router.gathering[adapter] = self.last is None or completed < self.last
-        if self.last is not None and 0 < self.last < self.every:
-            logger.warning("CenterUpdate(every=%d, until=%s) never moves a center", self.every, self.until)
+                if router.gathering[adapter]:
+                    centers = router.centers[adapter]
+                    self._moving.append(_Moving(router, adapter, tuple(centers.shape), centers.device))
+        schedule = {"every": self.every, "until": self.last, "completed": self.completed}
+        return {**schedule, **{f"{m.router.name} ({m.adapter})": _checksum(m) for m in self._moving}}
 
     def _claim(self, found: list[Router]) -> None:
         """Take the centers over; two schedules on them would count every step twice."""
@@ -212,6 +252,7 @@ class CenterUpdate(TrainerCallback):
         for router in self._routers:
             for kept in (router.gathering, router.pending, router.gathered, router.steps):
                 kept.clear()
+        self._moving = []
 
     def _stop(self) -> None:
         """Leave nothing of this run behind."""
@@ -222,8 +263,15 @@ class CenterUpdate(TrainerCallback):
             router.schedule = None
         self._undo, self._routers = [], []
 
-    def _check_total_step(self, total_steps: int | None) -> None:
-        if self._adalora is None or total_steps is None:
+    def _check_adalora(self, total_steps: int | None) -> None:
+        if self._adalora is None:
+            return
+        if any(isinstance(parameter, DTensor) for parameter in self._adalora.parameters()):
+            raise ValueError(
+                "base='adalora' cannot be sharded by FSDP2: PEFT's rank allocation reads whole matrices and gradients; "
+                "train it under DDP, or take base='lora'"
+            )
+        if total_steps is None:
             return
         config = self._adalora.peft_config[self._adalora.trainable_adapter_name]
         if config.total_step != total_steps:
@@ -237,10 +285,22 @@ class CenterUpdate(TrainerCallback):
             self._adalora.update_and_allocate(step)
 
 
-def _keep_pending(router: Router, adapter: str) -> None:
-    pending = router.pending.pop(adapter, None)
-    if pending is not None:
-        router.gathered[adapter] = pending + router.gathered.get(adapter)
+def _checksum(moving: _Moving) -> str:
+    """Centers and what is gathered for them already, in short."""
+    gathered = moving.router.gathered.get(moving.adapter)
+    tensors = [moving.router.centers[moving.adapter], *((gathered.sums, gathered.counts) if gathered else ())]
+    return " ".join(f"{list(t.shape)} {zlib.crc32(t.cpu().numpy().tobytes()):08x}" for t in tensors)
+
+
+def _check_equal(said: list[dict[str, Any]]) -> None:
+    """Refuse a run whose ranks would move their centers apart, or wait for each other in vain."""
+    for rank, theirs in enumerate(said):
+        for name in [n for n in {**said[0], **theirs} if said[0].get(n) != theirs.get(n)]:
+            raise ValueError(
+                f"CenterUpdate: {name} is {said[0].get(name, 'absent')} on rank 0 and {theirs.get(name, 'absent')} on "
+                f"rank {rank}; give every rank the same schedule, adapters and centers (initialize_centers after "
+                "torch.distributed is initialized, or one adapter loaded on all ranks)"
+            )
 
 
 def _move(router: Router, adapter: str) -> None:

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 IMPORT_NOTE = """
 ## Loading
@@ -54,6 +55,21 @@ def check_weights(folder: str | Path, subfolder: str | None) -> None:
         raise ValueError(
             f"{path} is truncated or damaged ({error}); copy it again, or train the adapter anew"
         ) from error
+
+
+def check_whole(weights: dict[str, Tensor]) -> None:
+    """Refuse to write what a sharded model holds of its weights on one rank: an empty or partial file.
+
+    Raises:
+        ValueError: a tensor is empty (DeepSpeed ZeRO-3) or a shard (FSDP2).
+    """
+    for name, tensor in weights.items():
+        if not tensor.numel() or isinstance(tensor, DTensor):
+            raise ValueError(
+                f"{name} is only a part of the adapter's weight, because the model is sharded; pass the whole: "
+                "save_pretrained(folder, state_dict=accelerator.get_state_dict(model)), called on every rank, or "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True"
+            )
 
 
 def check_keys(expected: dict[str, Tensor], weights: dict[str, Tensor], known: Iterable[str]) -> None:

@@ -72,8 +72,9 @@ def _sole_adapter(layer: Any, args: tuple, kwargs: dict) -> str | None:
 
 
 def _has_plain_update(layer: Any, adapter: str) -> bool:
-    plain = isinstance(layer.lora_variant.get(adapter), (RoutedLora, type(None)))
-    return plain and layer.lora_B[adapter].bias is None
+    a, b = layer.lora_A[adapter], layer.lora_B[adapter]
+    plain = isinstance(layer.lora_variant.get(adapter), (RoutedLora, type(None))) and b.bias is None
+    return plain and not _is_hooked(a) and not _is_hooked(b)  # a shard is gathered by its module's own call
 
 
 def _fused(layer: Any, adapter: str, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -102,12 +103,16 @@ def _dropout(layer: Any, adapter: str, x: Tensor) -> DropoutMask | None:
 
 def _is_plain(base: Any, x: Tensor) -> bool:
     """Whether `base(x)` is one product with a frozen weight and nothing beside it."""
-    if type(base) not in (nn.Linear, Conv1D):
+    if type(base) not in (nn.Linear, Conv1D) or _is_hooked(base):
         return False
     weight, bias = base.weight, base.bias
     if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
-        return False  # quantized, sharded, a layer with a forward of its own, or one that is trained itself
-    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in base.__dict__:
-        return False
+        return False  # quantized, sharded, or trained itself
     same = weight.dtype == x.dtype and weight.device == x.device
     return same and not torch.is_autocast_enabled(x.device.type)
+
+
+def _is_hooked(module: Any) -> bool:
+    """Whether calling the module does more than its class's forward."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return bool(hooks) or "forward" in module.__dict__

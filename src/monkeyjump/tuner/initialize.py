@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,19 +9,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
+from monkeyjump.routing.collectives import Ranks, host_ranks
 from monkeyjump.routing.kmeans import kmeans
-from monkeyjump.routing.reservoir import Reservoir, rows_within
-from monkeyjump.tuner.batches import batches_of, forward_inputs
-from monkeyjump.tuner.model import routers, routing_inputs
+from monkeyjump.tuner.batches import batches_of, identity
+from monkeyjump.tuner.collector import Collector
+from monkeyjump.tuner.model import routers
 from monkeyjump.tuner.router import LATE_INITS, Router
 
-logger = logging.getLogger("monkeyjump")
 DISTANCES = {"cosine": "cosine", "dot": "euclidean", "euclidean": "euclidean", "l1": "l1"}
 
 
@@ -61,13 +61,19 @@ def initialize_centers(
     states and the model's modes are left as they were. In the sequence modes the states are the
     sequence representations.
 
+    In a distributed run (torch.distributed is initialized) every rank calls this, before the model is sharded,
+    and gets the same centers, bit for bit: those that one process finds that reads batch j of rank 0, of
+    rank 1, and so on, and then batch j + 1 (docs/distributed.md). An error on one rank is raised on all.
+
     Args:
-        model: a model with routed adapters.
+        model: a model with routed adapters; one wrapped by DDP is looked through.
         data: a DataLoader (or any iterable) of batches; a data set of rows with `input_ids`
             (and `attention_mask`, `labels`), of which a seeded random subset is drawn; or a list
-            of texts together with `tokenizer`.
-        max_tokens: stop after so many attended tokens (sequences in the sequence modes); None: no limit.
-        max_samples: stop after so many rows; None: no limit.
+            of texts together with `tokenizer`. On several ranks: batches are this rank's share, however
+            many they are; rows and texts are given whole to every rank, and divided here.
+        max_tokens: stop after so many attended tokens (sequences in the sequence modes) of all ranks; None: no
+            limit.
+        max_samples: stop after so many rows of all ranks; None: no limit.
         iterations, restarts, seed: of k-means; one start alone costs more than any sample size
             (docs/centers.md).
         batch_size: rows per forward pass, where `data` is not batched yet.
@@ -77,9 +83,39 @@ def initialize_centers(
         progress: show a progress bar.
 
     Raises:
-        ValueError: no adapter waits for data, no data came, or there are fewer distinct states
-            than centers.
+        ValueError: no adapter waits for data, no data came, there are fewer distinct states than centers, or
+            ranks were called with different settings.
+        RuntimeError: another rank failed, or did not answer.
     """
+    model = model.module if isinstance(model, DistributedDataParallel) else model  # its forward waits for all ranks
+
+    def prepare() -> tuple[Collector, dict[str, Any]]:
+        waiting = _waiting(model)
+        for name, value in (("max_tokens", max_tokens), ("max_samples", max_samples)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r} is out of range: use an integer of at least 1, or None")
+        collector = Collector(waiting, max_tokens, max_samples, _bytes(memory_limit), seed, ranks)
+        settings = {"max_tokens": max_tokens, "max_samples": max_samples, "states kept": collector.kept, "seed": seed}
+        settings |= {"iterations": iterations, "restarts": restarts, "batch_size": batch_size}
+        return collector, {**settings, "the rows of data": identity(data), "the adapters": _described(waiting)}
+
+    with host_ranks() as ranks:
+        collector, settings = ranks.together(prepare)
+        _check_equal(ranks.exchange(settings))
+        shown = progress and ranks.rank == 0
+        unit = "token" if max_tokens else "row"
+        bar = tqdm(total=max_tokens or max_samples, desc="centers: states", unit=unit, disable=not shown)
+        with bar, torch.random.fork_rng(), frozen_backbone(model), collector.attached():
+            batches = ranks.together(lambda: batches_of(data, tokenizer, batch_size, seed, ranks.rank, ranks.size))
+            while collector.round(model, batches) and not collector.full():
+                bar.update((collector.seen if max_tokens else collector.rows) - bar.n)
+        return _fit(collector, ranks, iterations, restarts, seed, shown)
+
+
+def _waiting(model: nn.Module) -> list[tuple[Router, str]]:
+    """The routers and active adapters whose centers come from data."""
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError("the model is sharded already; call initialize_centers before fully_shard, prepare or train")
     waiting = [
         (router, adapter)
         for router in routers(model)
@@ -91,106 +127,60 @@ def initialize_centers(
             c.center_init if c.granularity != "task" else "none" for r in routers(model) for c in r.configs.values()
         }
         raise ValueError(f"no active adapter needs data for its centers (center_init: {', '.join(sorted(starts))})")
-    for name, value in (("max_tokens", max_tokens), ("max_samples", max_samples)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name}={value!r} is out of range: use an integer of at least 1, or None")
-    collector = _Collector(waiting, max_tokens, max_samples, _bytes(memory_limit), seed)
-    unit = "token" if max_tokens else "row"
-    bar = tqdm(total=max_tokens or max_samples, desc="centers: states", unit=unit, disable=not progress)
-    with bar, torch.random.fork_rng(), frozen_backbone(model), collector.attached():
-        for batch in batches_of(data, tokenizer, batch_size, seed):
-            inputs, told = forward_inputs(model, batch)
-            with routing_inputs(model, **told):
-                model(**inputs)
-            collector.rows += len(inputs["input_ids"] if "input_ids" in inputs else next(iter(inputs.values())))
-            bar.update((collector.seen if max_tokens else collector.rows) - bar.n)
-            if collector.full():
-                break
-    return _fit(collector, iterations, restarts, seed, progress)
+    return waiting
 
 
-class _Collector:
-    """Observer of the routers: a reservoir of states for each block and adapter."""
-
-    def __init__(
-        self,
-        waiting: list[tuple[Router, str]],
-        max_tokens: int | None,
-        max_samples: int | None,
-        memory: int,
-        seed: int,
-    ) -> None:
-        self.waiting, self.max_tokens, self.max_samples = waiting, max_tokens, max_samples
-        self.rows = 0
-        dims = [router.dim for router, _ in waiting]
-        wanted = max_tokens or 1_000_000
-        exact = rows_within(memory, dims=dims, wanted=wanted, itemsize=4)
-        # unit vectors lose nothing that matters in float16; raw states may overflow it
-        unit = all(router.configs[adapter].similarity == "cosine" for router, adapter in waiting)
-        halved = rows_within(memory, dims=dims, wanted=wanted, itemsize=2) if unit else exact
-        dtype = torch.float32 if exact == halved else torch.float16
-        self.kept = max(exact, halved)
-        if self.kept < wanted and max_tokens is not None:
-            logger.warning("memory_limit keeps %d of %d states per block, a uniform sample", self.kept, wanted)
-        self.reservoirs = {
-            (router.name, adapter): Reservoir(self.kept, router.dim, seed=seed, dtype=dtype)
-            for router, adapter in waiting
-        }
-
-    def __call__(self, router: Router, adapter: str, states: Tensor, chosen: Tensor, attended: Tensor | None) -> None:
-        reservoir = self.reservoirs.get((router.name, adapter))
-        if reservoir is not None:
-            flat = states.flatten(0, 1) if attended is None else states[attended]
-            if router.configs[adapter].similarity == "cosine":
-                flat = F.normalize(flat.float(), dim=-1)
-            if self.max_tokens is not None:
-                flat = flat[: self.max_tokens - reservoir.seen]
-            reservoir.add(flat)
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        for router, _ in self.waiting:
-            router.observers.append(self)
-        try:
-            yield
-        finally:
-            for router, _ in self.waiting:
-                router.observers.remove(self)
-
-    @property
-    def seen(self) -> int:
-        return min(reservoir.seen for reservoir in self.reservoirs.values())
-
-    def full(self) -> bool:
-        enough_tokens = self.max_tokens is not None and self.seen >= self.max_tokens
-        return enough_tokens or (self.max_samples is not None and self.rows >= self.max_samples)
+def _described(waiting: list[tuple[Router, str]]) -> list[str]:
+    return [f"{r.name} ({a}) {list(r.centers[a].shape)} {r.configs[a].center_init}" for r, a in waiting]
 
 
-def _fit(collector: _Collector, iterations: int, restarts: int, seed: int, progress: bool) -> Initialization:
-    if collector.seen == 0:
-        raise ValueError("data gave no attended token; pass rows with input_ids, or texts with tokenizer=")
-    seen, inertia, fitted = collector.seen, {}, []
-    for number, (router, adapter) in enumerate(tqdm(collector.waiting, desc="centers: k-means", disable=not progress)):
-        config = router.configs[adapter]
-        states = collector.reservoirs.pop((router.name, adapter)).states()  # freed block by block
-        count = router.centers[adapter].shape[0]
-        if config.center_init == "random_tokens":
-            centers = _distinct_states(states, count, seed + number, router.name)
-        else:
-            result = kmeans(
-                states,
-                count,
-                distance=DISTANCES[config.similarity],  # type: ignore[arg-type]
-                iterations=iterations,
-                restarts=restarts,
-                seed=seed + number,
-                name=router.name,
+def _check_equal(said: list[dict[str, Any]]) -> None:
+    for rank, theirs in enumerate(said):
+        for name in [n for n, value in theirs.items() if value != said[0][n]]:
+            raise ValueError(
+                f"initialize_centers: {name} differs between ranks: {said[0][name]} on rank 0, {theirs[name]} on rank "
+                f"{rank}; pass the same, a data set of rows as a whole (it is divided here), shares of it as loaders"
             )
-            centers, inertia[router.name] = result.centers, result.inertia
-        fitted.append(centers)
-    for (router, adapter), centers in zip(collector.waiting, fitted):  # all of them or none
+
+
+def _fit(collector: Collector, ranks: Ranks, iterations: int, restarts: int, seed: int, shown: bool) -> Initialization:
+    """K-means of every block, `ranks.size` blocks at a time, each on one rank; all ranks get the same bits."""
+    if collector.seen == 0:
+        raise ValueError(
+            "data is empty, or gave no attended token; pass at least one batch, row with input_ids, or text with "
+            "tokenizer="
+        )
+
+    def fit(place: int, states: Tensor) -> tuple[Tensor, float | None]:
+        router, adapter = collector.waiting[place]
+        config, count = router.configs[adapter], router.centers[adapter].shape[0]
+        if config.center_init == "random_tokens":
+            return _distinct_states(states, count, seed + place, router.name), None
+        result = kmeans(
+            states,
+            count,
+            distance=DISTANCES[config.similarity],  # type: ignore[arg-type]
+            iterations=iterations,
+            restarts=restarts,
+            seed=seed + place,
+            name=router.name,
+        )
+        return result.centers, result.inertia
+
+    fitted: list[tuple[Tensor, float | None]] = []
+    places = range(len(collector.waiting))
+    for first in tqdm(places[:: ranks.size], desc="centers: k-means", disable=not shown):
+        at_once = places[first : first + ranks.size]
+        samples = [collector.sample(place, to=rank) for rank, place in enumerate(at_once)]
+        mine = [(place, states) for place, states in zip(at_once, samples) if states is not None]
+        done = ranks.together(lambda mine=mine: [fit(*one) for one in mine])  # type: ignore[misc]
+        fitted += [one for answer in ranks.exchange(done) for one in answer]
+    inertia = {}
+    for (router, adapter), (centers, cost) in zip(collector.waiting, fitted):  # all of them or none
         router.set_centers(adapter, centers)
-    return Initialization(seen, min(seen, collector.kept), inertia)
+        if cost is not None:
+            inertia[router.name] = cost
+    return Initialization(collector.seen, min(collector.seen, collector.kept), inertia)
 
 
 def _distinct_states(states: Tensor, count: int, seed: int, name: str) -> Tensor:

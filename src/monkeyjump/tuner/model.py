@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from monkeyjump.config import MonkeyJumpConfig
 from monkeyjump.tuner.announce import announce
 from monkeyjump.tuner.block import ROUTER, RoutedBlock, box_of, install_router, remove_router
-from monkeyjump.tuner.folder import check_fingerprint, check_keys, fingerprint
+from monkeyjump.tuner.folder import check_fingerprint, check_keys, check_whole, fingerprint
 from monkeyjump.tuner.fused import fuse
 from monkeyjump.tuner.gates import CANNOT_MERGE, Gate, install_gate, remove_gates
 from monkeyjump.tuner.reach import call_adapters_in_evaluation, why_silent
@@ -167,6 +167,7 @@ class RoutedTuner(_Tuner):
         config.base_fingerprint = fingerprint(model)
         saved = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         saved.update(_router_entries(model, adapter_name, state_dict))  # some methods pick by their own prefix
+        check_whole(saved)
         return {**saved, **training_state(model, adapter_name)}
 
     @classmethod
