@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from monkeyjump.config import MonkeyJumpConfig
 from monkeyjump.routing.context import CACHE_KEYWORDS, ForwardContext
 from monkeyjump.routing.ema import CenterStatistics
-from monkeyjump.routing.gates import gates_from_logits, similarity_logits, top_k_mask
+from monkeyjump.routing.gates import route, top_k_mask
 from monkeyjump.routing.pooling import pool
 from monkeyjump.tuner.gates import GateBox
 from monkeyjump.tuner.targets import matches
@@ -173,12 +173,15 @@ class Router(nn.Module, BaseTunerLayer):
         gathers = gathers and torch._C._current_graph_task_id() == -1
         with torch.set_grad_enabled(learned and torch.is_grad_enabled()), _float32_region(states):
             states = states.detach()
-            logits = similarity_logits(states, centers, config.similarity) / config.temperature
-            if self.training and config.jitter_noise:
-                low, high = 1 - config.jitter_noise, 1 + config.jitter_noise
-                logits = logits * torch.empty_like(logits).uniform_(low, high)
-            gates, chosen = gates_from_logits(
-                _per_slot(logits, len(self.slots[adapter])), config.top_k, config.gate_norm
+            gates, chosen, logits = route(
+                states,
+                centers,
+                len(self.slots[adapter]),
+                config.similarity,
+                config.temperature,
+                config.top_k,
+                config.gate_norm,
+                config.jitter_noise if self.training else 0.0,
             )
             if gathers or self.observers:
                 attended = counted
@@ -297,12 +300,6 @@ def _continued(gates: Tensor, hidden: Tensor) -> Tensor:
             "chunks and for assisted decoding"
         )
     return gates
-
-
-def _per_slot(logits: Tensor, slots: int) -> Tensor:
-    """`[..., E]` of `[..., C]`: adapter e takes center e mod C."""
-    centers = logits.shape[-1]
-    return logits if centers == slots else logits[..., torch.arange(slots, device=logits.device) % centers]
 
 
 def _per_center(chosen: Tensor, centers: int) -> Tensor:
