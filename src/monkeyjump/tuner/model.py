@@ -229,7 +229,8 @@ def routing_inputs(model: nn.Module, **given: Any) -> AbstractContextManager[Non
 
     Args:
         model: the routed model.
-        given: `task_ids` `[B]`, `prompt_lengths` `[B]`, `labels` `[B, T]`.
+        given: `task_ids` `[B]`, `prompt_lengths` `[B]`, `labels` `[B, T]`; `prompt_columns`, the width of a
+            batch of prompts, where code other than `PeftModel.generate` generates without a cache.
     """
     return routers(model)[0].context.inputs(**given)
 

@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from monkeyjump.config import MonkeyJumpConfig
+from monkeyjump.routing.checks import refuse_rows
 from monkeyjump.routing.context import CACHE_KEYWORDS, ForwardContext
 from monkeyjump.routing.ema import CenterStatistics
 from monkeyjump.routing.gates import gates_from_logits, similarity_logits, top_k_mask
@@ -137,18 +138,19 @@ class Router(nn.Module, BaseTunerLayer):
         decided = None if cache is None else cache.__dict__.setdefault(DECISIONS, {})
         key = (self.name, adapter)
         if decided is not None and key in decided and not fresh:
-            return _continued(decided[key], hidden)
+            gates, prompt = decided[key]
+            return _continued(gates, hidden, prompt, self.context.prompt_columns(hidden.shape[1]))
         gates = self._sequence_gates(adapter, config, hidden, learning)
         if decided is not None:
-            decided[key] = gates
+            decided[key] = gates, hidden.shape[1]
         return gates
 
     def _sequence_gates(self, adapter: str, config: MonkeyJumpConfig, hidden: Tensor, learning: bool) -> Tensor:
         """Gates `[B, 1, E]` decided on the whole sequence, or on its prompt where that is known."""
-        columns = self.context.first("prompt_columns")
         batch, length, _ = hidden.shape
+        columns = self.context.prompt_columns(length)
         attended = self.context.attended(batch, length, hidden.device)
-        self._check_whole_prompt(config, attended)
+        self._check_whole_prompt(config, attended, columns, length)
         if columns is not None and columns < length:  # generating without a cache: decide as on the prompt alone
             hidden, attended = hidden[:, :columns], None if attended is None else attended[:, :columns]
         end = self.context.prompt_end(config.granularity, batch, hidden.shape[1], attended, learning)
@@ -170,7 +172,8 @@ class Router(nn.Module, BaseTunerLayer):
         grad = self.context.first("grad")  # a block inside a checkpointed stage (Swin) runs without
         grad = torch.is_grad_enabled() if grad is None else grad
         gathers = self.gathering.get(adapter, False) and self.training and grad
-        gathers = gathers and torch._C._current_graph_task_id() == -1
+        # (compiled code has no such question: what it recomputes, it recomputes without this call)
+        gathers = gathers and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1)
         with torch.set_grad_enabled(learned and torch.is_grad_enabled()), _float32_region(states):
             states = states.detach()
             logits = similarity_logits(states, centers, config.similarity) / config.temperature
@@ -204,26 +207,29 @@ class Router(nn.Module, BaseTunerLayer):
 
     def _task_gates(self, adapter: str, hidden: Tensor) -> Tensor:
         ids = self.context.first("task_ids")
-        ids = ids.tolist() if torch.is_tensor(ids) else ids
         if ids is None:
             raise ValueError(
                 "granularity='task' needs task_ids [B] with every batch: pass task_ids=..., or wrap generate in "
                 "routing_inputs(model, task_ids=...); under Trainer set remove_unused_columns=False"
             )
+        ids = torch.as_tensor(ids, device=hidden.device).flatten()
+        if not len(ids) or hidden.shape[0] % len(ids):
+            raise ValueError(
+                f"task_ids holds {len(ids)} ids for a batch of {hidden.shape[0]} rows; pass one per row"
+            )
         slots, experts = self.slots[adapter], self.configs[adapter].task_experts
-        rows = []
-        for task in ids:
-            if experts is None:
-                on = [task % len(slots)]
-            elif task in experts:
-                on = [i for i, slot in enumerate(slots) if matches(slot, experts[task])]
-            else:
-                raise ValueError(f"task_ids holds {task}, which task_experts does not map: it has {sorted(experts)}")
-            rows.append([float(i in on) for i in range(len(slots))])
-        gates = torch.tensor(rows, device=hidden.device).unsqueeze(1)  # [B, 1, E]
-        if hidden.shape[0] % len(rows):
-            raise ValueError(f"task_ids holds {len(rows)} ids for a batch of {hidden.shape[0]} rows; pass one per row")
-        return gates.repeat_interleave(hidden.shape[0] // len(rows), 0)  # beams of a row stand together
+        if experts is None:
+            gates = F.one_hot(ids % len(slots), len(slots)).float()
+        else:
+            is_task = ids.unsqueeze(1) == torch.tensor(list(experts), device=ids.device)  # [B, tasks]
+            refuse_rows(
+                ~is_task.any(1),
+                f"task_ids holds {{task}}, which task_experts does not map: it has {sorted(experts)}",
+                task=ids,
+            )
+            acts = [[float(matches(slot, names)) for slot in slots] for names in experts.values()]
+            gates = is_task.float() @ torch.tensor(acts, device=ids.device)
+        return gates.unsqueeze(1).repeat_interleave(hidden.shape[0] // len(ids), 0)  # beams of a row stand together
 
     # ------------------------------------------------------------------ checks
 
@@ -238,7 +244,9 @@ class Router(nn.Module, BaseTunerLayer):
         if self.context.first_time(f"ready {adapter}"):
             warnings.warn(f"adapter {adapter!r} routes with centers never initialized; {remedy}", stacklevel=2)
 
-    def _check_whole_prompt(self, config: MonkeyJumpConfig, attended: Tensor | None) -> None:
+    def _check_whole_prompt(
+        self, config: MonkeyJumpConfig, attended: Tensor | None, columns: int | None, length: int
+    ) -> None:
         """Sequence modes decide on whole, single sequences (rule 7)."""
         frames = self.context.frames
         if frames and frames[-1].offset > 0:
@@ -246,11 +254,12 @@ class Router(nn.Module, BaseTunerLayer):
                 f"granularity={config.granularity!r} decides on the prompt, but the cache already holds "
                 f"{frames[-1].offset} tokens without a decision; start with an empty cache, or use granularity='token'"
             )
-        if self.context.is_packed(attended):
+        if columns is not None and length < columns:
             raise ValueError(
-                f"granularity={config.granularity!r} takes one sequence per row, but these rows are packed "
-                "(their positions restart); unpack them, or use granularity='token'"
+                f"granularity={config.granularity!r} decides on the whole prompt, but its first {length} of {columns} "
+                "tokens came alone; leave out prefill_chunk_size, or use granularity='token'"
             )
+        self.context.refuse_packed(config.granularity, attended)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: a copy is in nobody's training and watched by nobody."""
@@ -287,14 +296,19 @@ def _note_loaded_centers(router: Router, incompatible: Any) -> None:
             router.ready[adapter] = bool(centers.any())
 
 
-def _continued(gates: Tensor, hidden: Tensor) -> Tensor:
-    """The prompt's decision for the tokens that follow it."""
+def _continued(gates: Tensor, hidden: Tensor, prompt: int, columns: int | None) -> Tensor:
+    """The prompt's decision for the tokens that follow it.
+
+    Args:
+        prompt: how many tokens it was taken on.
+        columns: how many the prompt has, where that is known.
+    """
     batch, length, _ = hidden.shape
-    if gates.shape[0] != batch or length > 1:
+    if gates.shape[0] != batch or length > 1 or (columns is not None and prompt < columns):
         raise ValueError(
-            f"the cache holds a routing decision for {gates.shape[0]} rows, but {length} more tokens of {batch} rows "
-            "came: whole sequences are routed on their prompt, in one piece; use granularity='token' for prefill in "
-            "chunks and for assisted decoding"
+            f"the cache holds a routing decision on {prompt} tokens of {gates.shape[0]} rows, but {length} more of "
+            f"{batch} rows came: whole sequences are routed on their prompt, in one piece; use granularity='token' for "
+            "prefill in chunks, prompts that begin in a cache and assisted decoding"
         )
     return gates
 

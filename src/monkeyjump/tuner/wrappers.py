@@ -58,7 +58,8 @@ def _with_prompt(generate: Any) -> Any:
 
 
 def _columns(args: tuple, kwargs: dict[str, Any]) -> int | None:
-    """Width of the prompts, padding included: what is generated stands to the right of it."""
+    """Width of text prompts, padding included: what is generated stands to the right of it."""
     named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
     prompt = next((p for p in (*args[:1], *named) if p is not None), None)
-    return None if prompt is None else int(prompt.shape[1])
+    is_text = prompt is not None and (prompt.dim() == 2 or prompt is kwargs.get("inputs_embeds"))
+    return int(prompt.shape[1]) if is_text else None
