@@ -214,9 +214,7 @@ class Router(nn.Module, BaseTunerLayer):
             )
         ids = torch.as_tensor(ids, device=hidden.device).flatten()
         if not len(ids) or hidden.shape[0] % len(ids):
-            raise ValueError(
-                f"task_ids holds {len(ids)} ids for a batch of {hidden.shape[0]} rows; pass one per row"
-            )
+            raise ValueError(f"task_ids holds {len(ids)} ids for a batch of {hidden.shape[0]} rows; pass one per row")
         slots, experts = self.slots[adapter], self.configs[adapter].task_experts
         if experts is None:
             gates = F.one_hot(ids % len(slots), len(slots)).float()
@@ -235,6 +233,9 @@ class Router(nn.Module, BaseTunerLayer):
 
     def _check_ready(self, adapter: str, config: MonkeyJumpConfig) -> None:
         if self.ready[adapter] or self._disable_adapters:
+            return
+        if not torch.compiler.is_compiling() and bool(self.centers[adapter].any()):  # set tensor by tensor
+            self.ready[adapter] = True
             return
         remedy = "call initialize_centers(model, data) first, or set center_init='random'"
         if self.training and torch.is_grad_enabled():
