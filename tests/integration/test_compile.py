@@ -14,8 +14,6 @@ from monkeyjump import CenterUpdate
 from monkeyjump.tuner.model import routers
 from tiny import left_padded, llama, routed, tokens, trainable
 
-CORE = ["lora", "lora_fa", "adalora", "propulsion"]
-MODES = ["token", "last", "prompt_end", "task"]
 TASKS = {"task_experts": {0: ["q_proj"], 5: ["k_proj", "v_proj"]}}
 
 
@@ -29,7 +27,9 @@ def _fresh_dynamo() -> Iterator[None]:
 def model_of(base: str = "lora", granularity: str = "token", **changes: Any) -> nn.Module:
     tasks = TASKS if granularity == "task" else {}
     own = {"total_step": 10} if base == "adalora" else {}
-    return routed(llama(num_hidden_layers=1), base=base, granularity=granularity, task_type="CAUSAL_LM", **tasks, **own, **changes)
+    return routed(
+        llama(num_hidden_layers=1), base=base, granularity=granularity, task_type="CAUSAL_LM", **tasks, **own, **changes
+    )
 
 
 def batch(granularity: str = "token", seed: int = 3) -> dict[str, Tensor]:

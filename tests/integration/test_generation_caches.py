@@ -66,7 +66,11 @@ def test_every_cache_gives_the_tokens_of_full_forwards(make: Any, granularity: s
     assert torch.equal(model.generate(**given, use_cache=False), expected)
     assert torch.equal(model.generate(**given, cache_implementation="static"), expected)
     for number, row in enumerate(ROWS):  # and none of it depends on the other rows, or on padding
-        one = {"input_ids": row, "attention_mask": torch.ones_like(row), **tasks(granularity, slice(number, number + 1))}
+        one = {
+            "input_ids": row,
+            "attention_mask": torch.ones_like(row),
+            **tasks(granularity, slice(number, number + 1)),
+        }
         assert torch.equal(model.generate(**one, **GREEDY)[0, -NEW:], expected[number, -NEW:])
 
 

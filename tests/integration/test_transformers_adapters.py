@@ -117,7 +117,9 @@ def test_model_itself_is_described_initialized_and_trained(tmp_path: Path) -> No
     assert set(result.inertia) == {"model.layers.0", "model.layers.1"}
     before = [router.centers["default"].clone() for router in routers(model)]
     rows = [{"input_ids": row, "labels": row} for row in tokens(8, 9)]
-    arguments = TrainingArguments(str(tmp_path), max_steps=4, report_to=[], save_strategy="no", dataloader_pin_memory=False)
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=4, report_to=[], save_strategy="no", dataloader_pin_memory=False
+    )
     Trainer(model, arguments, train_dataset=rows, callbacks=[CenterUpdate(every=1, until=4)]).train()
     assert all(not torch.equal(router.centers["default"], was) for router, was in zip(routers(model), before))
 

@@ -74,7 +74,8 @@ def _sole_adapter(layer: Any, args: tuple, kwargs: dict) -> str | None:
 def _has_plain_update(layer: Any, adapter: str) -> bool:
     a, b = layer.lora_A[adapter], layer.lora_B[adapter]
     plain = isinstance(layer.lora_variant.get(adapter), (RoutedLora, type(None))) and b.bias is None
-    return plain and not _is_hooked(a) and not _is_hooked(b)  # a shard, or an offloaded weight, comes with its module's own call
+    # a shard, or an offloaded weight, comes with its module's own call
+    return plain and not _is_hooked(a) and not _is_hooked(b)
 
 
 def _fused(layer: Any, adapter: str, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:

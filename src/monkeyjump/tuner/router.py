@@ -99,6 +99,12 @@ class Router(nn.Module, BaseTunerLayer):
         self.centers[adapter].copy_(centers)
         self.ready[adapter] = True
 
+    def copy_centers(self, source: str, adapter: str) -> None:
+        """Start an adapter with another one's centers, if it has any."""
+        if source in self.centers and adapter in self.centers:
+            self.centers[adapter].copy_(self.centers[source])
+            self.ready[adapter] = self.ready[source]
+
     # ------------------------------------------------------------------ routing
 
     def route(self, hidden: Tensor, block_kwargs: dict[str, Any]) -> dict[str, Tensor] | None:
