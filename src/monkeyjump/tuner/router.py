@@ -156,7 +156,7 @@ class Router(nn.Module, BaseTunerLayer):
         batch, length, _ = hidden.shape
         columns = self.context.prompt_columns(length)
         attended = self.context.attended(batch, length, hidden.device)
-        self._check_whole_prompt(config, attended, columns, length)
+        self._check_whole_prompt(config, attended)
         if columns is not None and columns < length:  # generating without a cache: decide as on the prompt alone
             hidden, attended = hidden[:, :columns], None if attended is None else attended[:, :columns]
         end = self.context.prompt_end(config.granularity, batch, hidden.shape[1], attended, learning)
@@ -251,20 +251,13 @@ class Router(nn.Module, BaseTunerLayer):
         if self.context.first_time(f"ready {adapter}"):
             warnings.warn(f"adapter {adapter!r} routes with centers never initialized; {remedy}", stacklevel=2)
 
-    def _check_whole_prompt(
-        self, config: MonkeyJumpConfig, attended: Tensor | None, columns: int | None, length: int
-    ) -> None:
+    def _check_whole_prompt(self, config: MonkeyJumpConfig, attended: Tensor | None) -> None:
         """Sequence modes decide on whole, single sequences (rule 7)."""
         frames = self.context.frames
         if frames and frames[-1].offset > 0:
             raise ValueError(
                 f"granularity={config.granularity!r} decides on the prompt, but the cache already holds "
                 f"{frames[-1].offset} tokens without a decision; start with an empty cache, or use granularity='token'"
-            )
-        if columns is not None and length < columns:
-            raise ValueError(
-                f"granularity={config.granularity!r} decides on the whole prompt, but its first {length} of {columns} "
-                "tokens came alone; leave out prefill_chunk_size, or use granularity='token'"
             )
         self.context.refuse_packed(config.granularity, attended)
 
