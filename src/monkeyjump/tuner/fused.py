@@ -30,7 +30,8 @@ class FusedLoraLinear(LoraLinear):
         if adapter is None or not isinstance(self.lora_variant.get(adapter), (RoutedLora, type(None))):
             return super().forward(x, *args, **kwargs)
         a, b = self.lora_A[adapter], self.lora_B[adapter]
-        if _is_hooked(a) or _is_hooked(b) or b.bias is not None:  # a shard is gathered by its module's own call
+        # a shard, or an offloaded weight, comes with its module's own call
+        if _is_hooked(a) or _is_hooked(b) or b.bias is not None:
             return super().forward(x, *args, **kwargs)
         return _fused(self, adapter, x, a.weight, b.weight, self.scaling[adapter])
 
