@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
 import traceback
@@ -40,7 +39,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not where a test replaced it
             stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 is no reason to fail
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where it is installed, PEFT imports it, and it talks
     code = run(sys.argv[1:])
     if code == EXIT_INTERRUPTED:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not break the way out
