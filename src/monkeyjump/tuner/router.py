@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from monkeyjump.config import MonkeyJumpConfig
 from monkeyjump.routing.checks import refuse_rows
@@ -171,6 +172,11 @@ class Router(nn.Module, BaseTunerLayer):
             counted: bool `[B, 1]`, rows with any attended token, where sequences are routed.
         """
         learned = adapter in self.learned_centers
+        if learned and isinstance(self.learned_centers[adapter], DTensor):
+            raise ValueError(
+                "center_init='trainable' cannot be trained under FSDP2: a block decides before its shards are "
+                "gathered; leave the routers out of fully_shard, or use another center_init"
+            )
         centers = self.learned_centers[adapter] if learned else self.centers[adapter]
         if centers.device != states.device:  # a block may have been dispatched elsewhere
             centers = centers.to(states.device)
