@@ -11,6 +11,7 @@ import typer
 from monkeyjump.cli.bench import bench
 from monkeyjump.cli.demo import demo
 from monkeyjump.cli.methods import methods
+from monkeyjump.cli.tasks import tasks
 from monkeyjump.tasks.errors import InputError
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(bench)
 app.command()(methods)
+app.command()(tasks)
 
 
 @app.callback()
