@@ -11,12 +11,13 @@ from pydantic import BaseModel
 from monkeyjump.tasks import InputError
 from monkeyjump.training.adapters import adapter_config
 from monkeyjump.training.arguments import NAMED, training_arguments
-from monkeyjump.training.config import SECTIONS, Centers, Method, Rows, Train, json_schema
+from monkeyjump.training.config import SECTIONS, Centers, Method, Train, json_schema
 from monkeyjump.training.presets import RUN_PRESETS
 from monkeyjump.training.read import describe_fields, read_run, write_run
 from tiny import llama
 
 GOOD = "model: {path: somewhere}\ndata: {tasks: [tweets]}\noutput: {folder: out}\n"
+FINE = "columns: {text: a, label: b}, instruction: '{text}', choices: [x, y]"
 
 
 @pytest.fixture
@@ -84,13 +85,16 @@ def test_the_plain_method_takes_what_the_routed_one_takes(written):
 def test_paths_are_relative_to_the_file(written, tmp_path: Path):
     (tmp_path / "mine.jsonl").write_text("{}\n")
     (tmp_path / "model").mkdir()
-    text = (
-        "model: {path: model}\ndata: {tasks: [own.yaml], rows: [{name: a, train: mine.jsonl}]}\noutput: {folder: o}\n"
-    )
-    found = written(text)
+    tasks = "[own.yaml, {name: a, source: {kind: files, train: mine.jsonl}, " + FINE + "}]"
+    found = written(f"model: {{path: model}}\ndata: {{tasks: {tasks}}}\noutput: {{folder: o}}\n")
     assert found.model.path == str(tmp_path / "model")
-    assert found.data.tasks == [str(tmp_path / "own.yaml")]
-    assert found.data.rows[0].train == str(tmp_path / "mine.jsonl")
+    name, task = found.data.tasks
+    assert name == str(tmp_path / "own.yaml")
+    assert task.source.train == tmp_path / "mine.jsonl"
+    (tmp_path / "deeper").mkdir()
+    again = tmp_path / "deeper" / "again.yaml"
+    again.write_text(write_run(found))
+    assert read_run(again) == found
 
 
 def test_train_section_reaches_transformers(tmp_path: Path):
@@ -117,8 +121,9 @@ BROKEN = [
     (GOOD + "method: {centers: {evry: 2}}\n", "unknown field 'method.centers.evry' = 2", "'every'"),
     (GOOD + "method: {centers: {until: 1.5}}\n", "method.centers.until = 1.5: use a number of steps, or a share", ""),
     (GOOD + "preset: papper\n", "unknown preset 'papper'", "'paper'"),
-    (GOOD.replace("[tweets]", "[]"), "data: no data: name tasks, rows or both", ""),
-    (GOOD.replace("{tasks: [tweets]}", "{rows: [{name: a, train: no.jsonl}]}"), "no such file or folder", ""),
+    (GOOD.replace("[tweets]", "[]"), "data.tasks: no data: name at least one task", ""),
+    (GOOD.replace("[tweets]", "[{nam: a, source: {kind: files, train: b}}]"), "unknown field 'nam'", ""),
+    (GOOD.replace("[tweets]", "[{name: a, source: {kind: files, train: no.jsonl}}]"), "no such file", ""),
     (GOOD.replace("{path: somewhere}", "{}"), "field 'model.path' is missing", "--help"),
     ("- a\n", "expected sections, found list", "model"),
     ("model: {path: [\n", "not YAML", ""),
@@ -152,13 +157,13 @@ def test_every_field_has_a_help_text():
     fields = describe_fields()
     missing = [name for name, _, _, text in fields if not text]
     assert not missing
-    assert {"train.learning_rate", "method.top_k", "method.r", "data.rows[].prompt"} <= {name for name, *_ in fields}
+    assert {"train.learning_rate", "method.top_k", "method.r", "data.tasks"} <= {name for name, *_ in fields}
 
 
 def test_the_json_schema_knows_all_fields_and_forbids_others():
     schema = json_schema()
     definitions = {"RunConfig": schema, **schema["$defs"]}
-    for model in (*SECTIONS.values(), Rows, Centers):
+    for model in (*SECTIONS.values(), Centers):
         assert set(model.model_fields) <= set(definitions[model.__name__]["properties"])
         if model is not Method:
             assert definitions[model.__name__]["additionalProperties"] is False

@@ -2,7 +2,7 @@
 
     model: {path: HuggingFaceTB/SmolLM2-135M-Instruct}
     method: {base: lora, r: 8, top_k: 2, centers: {max_tokens: 50000}}
-    data: {tasks: [tweets, my-task.yaml], rows: [{name: mine, train: rows.jsonl, prompt: "{q}", answer: "{a}"}]}
+    data: {tasks: [tweets, my-task.yaml, {name: mine, source: {kind: files, train: rows.jsonl}}]}
     train: {epochs: 2, learning_rate: 2e-4}
     output: {folder: runs/mine}
 
@@ -16,19 +16,19 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from monkeyjump.presets import PRESETS
 from monkeyjump.suggest import check_choice
+from monkeyjump.tasks.description import Task
 from monkeyjump.tasks.loading import SizeName
 from monkeyjump.training.adapters import adapter_fields, check_method
 from monkeyjump.training.arguments import check_arguments
-from monkeyjump.training.templates import columns_of
+from monkeyjump.training.problems import explain
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-Metric = Literal["exact_match"]
 
 
 class Section(BaseModel):
@@ -108,77 +108,48 @@ class Method(BaseModel):
         return self
 
 
-class Rows(Section):
-    """A data set of one's own: conversations, or a prompt and an answer made from columns."""
-
-    name: str = Field(pattern=r"^[\w.-]+$", description="what its rows are called in every table")
-    train: str = Field(description="file or folder (jsonl, csv, tsv, parquet), or hub:ID[/CONFIG][@SPLIT]")
-    test: str | None = Field(default=None, description="the same for test rows; null: test_rows are taken from train")
-    test_rows: int = Field(default=0, ge=0, description="rows to hold out of train, drawn by data.seed")
-    messages: str | None = Field(default=None, description="column with a list of {role, content}; the last answers")
-    prompt: str | None = Field(default=None, description="template with {column}; null: the column prompt")
-    answer: str | None = Field(default=None, description="template with {column}; null: the column answer")
-    metric: Metric = Field(default="exact_match", description="of generated answers; case and spacing do not count")
-
-    @model_validator(mode="after")
-    def _one_layout(self) -> Rows:
-        if self.messages is not None and (self.prompt is not None or self.answer is not None):
-            raise ValueError("messages already holds prompt and answer; give one or the others")
-        if self.test is not None and self.test_rows:
-            raise ValueError("test_rows are taken from train where test is not given; give one of the two")
-        return self
-
-    @field_validator("prompt", "answer")
-    @classmethod
-    def _template(cls, template: str | None) -> str | None:
-        if template is not None and not columns_of(template):
-            raise ValueError("no {column} in it; the same text for every row teaches nothing")
-        return template
-
-    @field_validator("train", "test")
-    @classmethod
-    def _from_the_files_folder(cls, path: str | None, info: ValidationInfo) -> str | None:
-        if path is None or path.startswith("hub:"):
-            return path
-        found = (info.context or {}).get("folder", Path()) / path
-        if not found.exists():
-            raise ValueError("no such file or folder; write hub:ID for a data set on the Hub")
-        return str(found.resolve())
-
-
 class Data(Section):
     """What is learned. Rows of all tasks are mixed; each keeps its name in every table."""
 
-    tasks: list[str] = Field(default=[], description="tasks with a description: names of the catalog, or YAML files")
-    rows: list[Rows] = Field(default=[], description="data sets of one's own")
+    tasks: list[str | Task] = Field(description="names of the catalog, YAML files, or task descriptions in place")
     size: SizeName = Field(default="full", description="which of the sizes that a task states")
     seed: int = Field(default=0, ge=0, description="sampling of rows; the same for runs that are to be compared")
     max_length: int = Field(default=1024, ge=2, description="tokens of a row; longer ones are dropped with a count")
     cap: int | None = Field(default=None, ge=1, description="at most so many training rows of each task")
-    weights: dict[str, float] = Field(default={}, description="share of a task among the rows; not named: 1")
+    weights: dict[str, float] = Field(default={}, description="task: its weight, by which rows are shared out")
     temperature: float | None = Field(
         default=None, gt=0, description="rows in proportion to size ** (1 / temperature); null: as they are"
     )
 
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _described_in_place(cls, tasks: Any, info: ValidationInfo) -> Any:
+        if not isinstance(tasks, list):
+            raise ValueError("a list is needed, such as [tweets, my-task.yaml]")
+        if not tasks:
+            raise ValueError("no data: name at least one task")
+        folder = (info.context or {}).get("folder", Path())
+        found: list[Any] = []
+        for number, task in enumerate(tasks):
+            if isinstance(task, dict):
+                try:
+                    found.append(Task.model_validate(task, context={"folder": folder.resolve()}))
+                except ValidationError as error:
+                    texts = [text for text, _ in explain(error, Task.model_fields)]
+                    raise ValueError(f"tasks.{number}: {'; '.join(texts)}") from None
+            elif isinstance(task, str) and task.endswith((".yaml", ".yml")):
+                found.append(str((folder / task).resolve()))
+            else:
+                found.append(task)
+        return found
+
     @model_validator(mode="after")
-    def _something(self) -> Data:
-        if not self.tasks and not self.rows:
-            raise ValueError("no data: name tasks, rows or both")
-        names = [rows.name for rows in self.rows]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise ValueError(f"rows: the name '{twice}' is given twice")
+    def _one_way_to_mix(self) -> Data:
         if self.weights and self.temperature is not None:
             raise ValueError("weights and temperature both say how often a task comes; give one of the two")
         if any(weight <= 0 for weight in self.weights.values()):
-            raise ValueError("weights must be above 0; leave a task out of tasks instead")
+            raise ValueError("weights must be above 0; to leave a task out, take it off tasks")
         return self
-
-    @field_validator("tasks")
-    @classmethod
-    def _task_files_from_the_files_folder(cls, tasks: list[str], info: ValidationInfo) -> list[str]:
-        folder = (info.context or {}).get("folder", Path())
-        return [str((folder / t).resolve()) if t.endswith((".yaml", ".yml")) else t for t in tasks]
 
 
 class Train(Section):

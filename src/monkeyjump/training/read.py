@@ -12,12 +12,12 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
-from monkeyjump.tasks.errors import InputError, near_miss
+from monkeyjump.tasks.errors import InputError
 from monkeyjump.training.adapters import adapter_fields, check_method
-from monkeyjump.training.config import SECTIONS, Centers, Method, Rows, RunConfig
+from monkeyjump.training.config import SECTIONS, Centers, Method, RunConfig
 from monkeyjump.training.presets import find_preset
+from monkeyjump.training.problems import explain
 
 
 def read_run(path: Path, overrides: Sequence[str] = (), preset: str | None = None) -> RunConfig:
@@ -44,7 +44,7 @@ def validate(raw: dict[str, Any], folder: Path, where: str, preset: str | None =
     try:
         return RunConfig.model_validate(raw, context={"folder": folder})
     except ValidationError as error:
-        problems = [_one_problem(details) for details in _sorted(error)]
+        problems = explain(error, _fields_beside)
         problems += _method_problems(raw, [details["loc"] for details in error.errors()])
     hints = list(dict.fromkeys(hint for _, hint in problems if hint))
     raise InputError(f"{where}: {'; '.join(text for text, _ in problems)}", hint="; ".join(hints))
@@ -106,35 +106,13 @@ def _method_problems(raw: dict[str, Any], locations: list[tuple[int | str, ...]]
     return []
 
 
-def _sorted(error: ValidationError) -> list[ErrorDetails]:
-    """A misspelt field is unknown and, under its right name, missing: the first says what to do."""
-    return sorted(error.errors(include_url=False), key=lambda details: details["type"] == "missing")
-
-
-def _one_problem(details: ErrorDetails) -> tuple[str, str]:
-    field = ".".join(str(part) for part in details["loc"]) or "the file"
-    if details["type"] == "extra_forbidden":
-        known = _fields_beside(details["loc"])
-        return f"unknown field '{field}' = {details['input']!r}", near_miss(details["loc"][-1], known, "known")
-    if details["type"] == "missing":
-        return f"field '{field}' is missing", "`monkeyjump train --help` lists the fields"
-    text = details["msg"].removeprefix("Value error, ")
-    value = details["input"]
-    if isinstance(value, dict):
-        return f"{field}: {text}", ""
-    return f"{field} = {value!r}: {text[0].lower() + text[1:]}", ""
-
-
 def _fields_beside(location: tuple[int | str, ...]) -> list[str]:
     """The names that could stand where an unknown one was found."""
-    parents = [part for part in location[:-1] if isinstance(part, str)]
-    if not parents:
+    if len(location) < 2:
         return [*SECTIONS, "preset"]
-    if parents[-1] == "centers":
+    if location[-2] == "centers":
         return list(Centers.model_fields)
-    if parents[-1] == "rows":
-        return list(Rows.model_fields)
-    return list(SECTIONS[parents[0]].model_fields)
+    return list(SECTIONS[str(location[0])].model_fields)
 
 
 def describe_fields(base: str = "lora") -> list[tuple[str, str, str, str]]:
@@ -153,8 +131,6 @@ def _describe(section: str, model: type[BaseModel]) -> list[tuple[str, str, str,
     for name, field in model.model_fields.items():
         if field.annotation is Centers:
             found += _describe(f"{section}.{name}", Centers)
-        elif field.annotation == list[Rows]:
-            found += _describe(f"{section}.{name}[]", Rows)
         else:
             default = "required" if field.is_required() else _short(field.default)
             found.append((f"{section}.{name}", _type(field.annotation), default, field.description or ""))
