@@ -12,6 +12,8 @@ from monkeyjump.cli.bench import bench
 from monkeyjump.cli.demo import demo
 from monkeyjump.cli.methods import methods
 from monkeyjump.cli.tasks import tasks
+from monkeyjump.cli.fields import CommandWithFields
+from monkeyjump.cli.plan import plan
 from monkeyjump.tasks.errors import InputError
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
@@ -29,6 +31,7 @@ app.command()(demo)
 app.command()(bench)
 app.command()(methods)
 app.command()(tasks)
+app.command(cls=CommandWithFields)(plan)
 
 
 @app.callback()

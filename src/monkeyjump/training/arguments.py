@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,12 @@ def check_arguments(arguments: dict[str, Any]) -> None:
     wrong += [f"'{name}' is no argument of TrainingArguments: {did_you_mean(name, KNOWN)}".rstrip() for name in unknown]
     if wrong:
         raise ValueError("; ".join(wrong))
+
+
+def total_steps(train: Train, rows: int, processes: int = 1) -> int:
+    """Optimizer steps of a run over `rows` rows an epoch, as Trainer counts them."""
+    micro = math.ceil(math.ceil(rows / processes) / train.batch_size)
+    return train.max_steps or math.ceil(train.epochs * max(1, math.ceil(micro / train.accumulation)))
 
 
 def training_arguments(train: Train, folder: Path, **changes: Any) -> TrainingArguments:

@@ -60,7 +60,7 @@ class Model(Section):
     @classmethod
     def _from_the_files_folder(cls, path: str, info: ValidationInfo) -> str:
         found = (info.context or {}).get("folder", Path()) / path
-        return str(found.resolve()) if found.is_dir() else path
+        return str(found.resolve()) if found.exists() else path
 
 
 class Centers(Section):
