@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from monkeyjump.tasks import InputError
 from monkeyjump.training.adapters import adapter_config
 from monkeyjump.training.arguments import NAMED, training_arguments
-from monkeyjump.training.config import SECTIONS, Centers, Method, Train, json_schema
+from monkeyjump.training.config import SECTIONS, Centers, Method, Train, absolute, json_schema
 from monkeyjump.training.presets import RUN_PRESETS
 from monkeyjump.training.read import describe_fields, read_run, write_run
 from tiny import llama
@@ -93,8 +93,8 @@ def test_paths_are_relative_to_the_file(written, tmp_path: Path):
     assert task.source.train == tmp_path / "mine.jsonl"
     (tmp_path / "deeper").mkdir()
     again = tmp_path / "deeper" / "again.yaml"
-    again.write_text(write_run(found))
-    assert read_run(again) == found
+    again.write_text(write_run(absolute(found)))
+    assert read_run(again) == found  # here the paths were absolute already
 
 
 def test_train_section_reaches_transformers(tmp_path: Path):

@@ -9,10 +9,14 @@ from typing import Any
 
 from monkeyjump.cli.screen import Screen
 from monkeyjump.evaluation.choices import differ_at_first
-from monkeyjump.tasks import Collator, InputError, LoadedTask, Mixture, TestSet, find_task, load_task, mix
+from monkeyjump.tasks import Collator, InputError, TestSet, find_task
 from monkeyjump.tasks.loading import SizeName
-from monkeyjump.tasks.models import check_model, demo_model, load_tokenizer
-from monkeyjump.training import TrainSettings
+from monkeyjump.tasks.models import check_model, load_tokenizer
+from monkeyjump.training.arguments import total_steps
+from monkeyjump.training.config import RunConfig
+from monkeyjump.training.data import RunCollator, RunData, load_tasks, prepare
+from monkeyjump.training.models import DEMO, place_of
+from monkeyjump.training.read import validate
 
 
 @dataclass(frozen=True)
@@ -28,33 +32,45 @@ class DemoOptions:
 class Inputs:
     """What all three models share."""
 
+    config: RunConfig
     base: str
     tokenizer: Any
-    collator: Collator
-    tasks: list[LoadedTask]
-    mixture: Mixture
-    settings: TrainSettings
+    collate: RunCollator
+    data: RunData
 
     @property
     def steps(self) -> int:
-        return self.settings.steps(len(self.mixture.train))
+        return total_steps(self.config.train, len(self.data.train))
 
     @property
     def test_tokens(self) -> int:
-        return sum(test.tokens * _forwards(test) for test in self.mixture.tests)
+        return sum(test.tokens * _forwards(test) for test in self.data.tests)
 
 
-def gather(options: DemoOptions, screen: Screen) -> Inputs:
+def gather(options: DemoOptions, scratch: Path, screen: Screen) -> Inputs:
     """Raises InputError, before any training."""
-    descriptions = [find_task(name) for name in options.tasks]
+    for name in options.tasks:
+        find_task(name)  # a misspelt name is told before anything is fetched
+    config = validate(_run_of(options), Path(), "demo")
     _check_output(options.output)
     if options.model is not None:
         check_model(options.model)
-    tasks = [load_task(task, options.size, options.seed, screen.note) for task in descriptions]
-    base = options.model or str(demo_model(screen.note))
+    load_tasks(config.data, screen.note)
+    base = place_of(config.model, screen.note)
     tokenizer = load_tokenizer(base)
-    settings = TrainSettings(seed=options.seed)
-    return Inputs(base, tokenizer, Collator.of(tokenizer), tasks, mix(tasks, tokenizer), settings)
+    data = prepare(config.data, tokenizer, scratch, screen.note)
+    return Inputs(config, base, tokenizer, RunCollator(Collator.of(tokenizer)), data)
+
+
+def _run_of(options: DemoOptions) -> dict[str, Any]:
+    return {
+        "preset": "demo",
+        "model": {"path": options.model or DEMO},
+        "data": {"tasks": list(options.tasks), "size": options.size, "seed": options.seed},
+        "method": {"centers": {"seed": options.seed}},
+        "train": {"seed": options.seed},
+        "output": {"folder": str(options.output)},
+    }
 
 
 def _check_output(folder: Path) -> None:

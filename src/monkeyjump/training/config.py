@@ -60,7 +60,7 @@ class Model(Section):
     @classmethod
     def _from_the_files_folder(cls, path: str, info: ValidationInfo) -> str:
         found = (info.context or {}).get("folder", Path()) / path
-        return str(found.resolve()) if found.exists() else path
+        return str(found) if found.exists() else path
 
 
 class Centers(Section):
@@ -138,7 +138,7 @@ class Data(Section):
                     texts = [text for text, _ in explain(error, Task.model_fields)]
                     raise ValueError(f"tasks.{number}: {'; '.join(texts)}") from None
             elif isinstance(task, str) and task.endswith((".yaml", ".yml")):
-                found.append(str((folder / task).resolve()))
+                found.append(str(folder / task))
             else:
                 found.append(task)
         return found
@@ -210,6 +210,18 @@ class RunConfig(Section):
     data: Data
     train: Train = Train()
     output: Output
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """The same run, whatever folder a later command is started in."""
+    model = {"path": str(Path(config.model.path).resolve())} if Path(config.model.path).exists() else {}
+    tasks = [str(Path(t).resolve()) if isinstance(t, str) and Path(t).is_file() else t for t in config.data.tasks]
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update=model),
+            "data": config.data.model_copy(update={"tasks": tasks}),
+        }
+    )
 
 
 SECTIONS: dict[str, type[BaseModel]] = {
