@@ -141,13 +141,16 @@ def test_rows_that_go_out_are_counted_by_reason(plan, folder: Path):
     assert code == 0
     dropped = found["rows"]["food"]["dropped"]
     assert dropped["same text, different labels"] == 2
-    assert dropped["longer than max_length"] + found["rows"]["food"]["train"] == 22 - 8
+    assert found["rows"]["food"]["train"] == 22 - 8
+    assert found["rows"]["food"]["cut"] > 0
+    assert max(sample["tokens"] for sample in found["samples"]) <= 23
 
 
 def test_shares_are_shown(plan):
-    code, found, _ = plan("--json", "data.weights={films: 3}", "data.cap=8")
+    code, found, _ = plan("--json", "data.weights={films: 9, food: 1}", "data.cap=8")
     assert code == 0
-    assert {name: row["train"] for name, row in found["rows"].items()} == {"films": 12, "food": 4}
+    assert {row["available"] for row in found["rows"].values()} == {8}
+    assert found["rows"]["films"]["train"] > 2 * found["rows"]["food"]["train"] > 0
 
 
 def test_an_expert_that_no_task_is_sent_to_is_a_failure(plan):
@@ -171,8 +174,8 @@ def test_the_schema_is_printed(plan):
         (("train.learning_rat=1",), "unknown field 'train.learning_rat'", "learning_rate"),
         (("model.path=nowhere",), "model.path: 'nowhere' cannot be read", "config.json"),
         (("data.tasks=[tweet]",), "unknown task 'tweet'", "tweets"),
-        (("data.weights={film: 2}",), "data.weights: no task 'film'", "films"),
-        (("data.max_length=3",), "task films: 0 usable training rows", "data.max_length"),
+        (("data.weights={film: 2}",), "weights: no task 'film'", "films"),
+        (("data.max_length=3",), "instruction and answer of task films need 19 tokens", "max_length"),
         (("--preset", "papper"), "unknown preset 'papper'", "paper"),
     ],
 )

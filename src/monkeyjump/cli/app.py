@@ -12,6 +12,7 @@ from monkeyjump.cli.bench import bench
 from monkeyjump.cli.demo import demo
 from monkeyjump.cli.methods import methods
 from monkeyjump.cli.tasks import tasks
+from monkeyjump.cli.evaluate import evaluate
 from monkeyjump.cli.fields import CommandWithFields
 from monkeyjump.cli.plan import plan
 from monkeyjump.cli.train import train
@@ -34,6 +35,7 @@ app.command()(methods)
 app.command()(tasks)
 app.command(cls=CommandWithFields)(plan)
 app.command(cls=CommandWithFields)(train)
+app.command()(evaluate)
 
 
 @app.callback()

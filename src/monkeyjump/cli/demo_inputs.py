@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from monkeyjump.cli.screen import Screen
-from monkeyjump.evaluation.choices import differ_at_first
-from monkeyjump.tasks import Collator, InputError, TestSet, find_task
+from monkeyjump.evaluation import Questions, tokens_of
+from monkeyjump.tasks import Collator, InputError, find_task
 from monkeyjump.tasks.loading import SizeName
-from monkeyjump.tasks.models import check_model, load_tokenizer
+from monkeyjump.tasks.models import check_model
 from monkeyjump.training.arguments import total_steps
 from monkeyjump.training.config import RunConfig
 from monkeyjump.training.data import RunCollator, RunData, load_tasks, prepare
@@ -34,7 +34,6 @@ class Inputs:
 
     config: RunConfig
     base: str
-    tokenizer: Any
     collate: RunCollator
     data: RunData
 
@@ -43,11 +42,15 @@ class Inputs:
         return total_steps(self.config.train, len(self.data.train))
 
     @property
+    def tests(self) -> list[Questions]:
+        return self.data.tests()
+
+    @property
     def test_tokens(self) -> int:
-        return sum(test.tokens * _forwards(test) for test in self.data.tests)
+        return sum(map(tokens_of, self.tests))
 
 
-def gather(options: DemoOptions, scratch: Path, screen: Screen) -> Inputs:
+def gather(options: DemoOptions, screen: Screen) -> Inputs:
     """Raises InputError, before any training."""
     for name in options.tasks:
         find_task(name)  # a misspelt name is told before anything is fetched
@@ -55,11 +58,10 @@ def gather(options: DemoOptions, scratch: Path, screen: Screen) -> Inputs:
     _check_output(options.output)
     if options.model is not None:
         check_model(options.model)
-    load_tasks(config.data, screen.note)
+    load_tasks(config.data, screen.note)  # before a model is fetched
     base = place_of(config.model, screen.note)
-    tokenizer = load_tokenizer(base)
-    data = prepare(config.data, tokenizer, scratch, screen.note)
-    return Inputs(config, base, tokenizer, RunCollator(Collator.of(tokenizer)), data)
+    data = prepare(config.data, base, screen.note)
+    return Inputs(config, base, RunCollator(Collator.of(data.prompts.tokenizer)), data)
 
 
 def _run_of(options: DemoOptions) -> dict[str, Any]:
@@ -80,8 +82,3 @@ def _check_output(folder: Path) -> None:
         raise InputError(f"--output: {folder} cannot be made: {error.strerror}") from error
     if not os.access(folder, os.W_OK):
         raise InputError(f"--output: {folder} is not writable", hint="choose another folder")
-
-
-def _forwards(test: TestSet) -> int:
-    """Passes over each prompt: one where the first tokens tell the choices apart."""
-    return 1 if differ_at_first(test.choices) else len(test.choices)

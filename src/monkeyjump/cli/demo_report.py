@@ -8,7 +8,7 @@ from dataclasses import asdict
 from monkeyjump.cli.demo_inputs import DemoOptions, Inputs
 from monkeyjump.cli.screen import Screen
 from monkeyjump.evaluation import Correct, Spread, accuracy, accuracy_table, paired_difference, routing_table
-from monkeyjump.tasks import LoadedTask, TestSet
+from monkeyjump.tasks import LoadedTask
 from monkeyjump.tasks.cache import write_in_one_piece
 from monkeyjump.tasks.models import DEMO_MODEL
 from monkeyjump.training.data import RunData
@@ -21,8 +21,8 @@ UNTOUCHED, LORA, ROUTED = "untouched", "LoRA", "MJ-LoRA"
 def say_plan(plan: RoutingPlan, inputs: Inputs, options: DemoOptions, screen: Screen) -> None:
     frozen = plan.total_parameters - plan.trainable_parameters
     screen.say(f"Model: {options.model or DEMO_MODEL} ({frozen:,} parameters)")
-    for loaded, test in zip(inputs.data.tasks, inputs.data.tests):
-        _say_task(loaded, test, inputs.data, screen)
+    for loaded in inputs.data.tasks:
+        _say_task(loaded, inputs.data, screen)
     screen.say(f"Plan: {plan}")
     train, centers = inputs.config.train, inputs.config.method.centers
     screen.say(
@@ -32,14 +32,13 @@ def say_plan(plan: RoutingPlan, inputs: Inputs, options: DemoOptions, screen: Sc
     )
 
 
-def _say_task(loaded: LoadedTask, test: TestSet, data: RunData, screen: Screen) -> None:
+def _say_task(loaded: LoadedTask, data: RunData, screen: Screen) -> None:
     task = loaded.task
-    facts = data.facts
-    dropped = "; ".join(f"{count} {reason}" for reason, count in facts.dropped[task.name].items()) or "none"
+    dropped = "; ".join(f"{count} {reason}" for reason, count in data.dropped(loaded).items()) or "none"
     screen.say(
-        f"Task {task.name}: {facts.kept[task.name]} training rows, {len(test.prompts)} test rows, "
-        f"{len(task.choices)} choices; {data.cut[task.name]} texts cut to {task.max_text_tokens} tokens; "
-        f"dropped: {dropped}"
+        f"Task {task.name}: {data.train.blend.rows[task.name]} training rows, {len(loaded.test)} test rows, "
+        f"{len(task.choices)} choices; {data.prompts.cut[task.name]} training texts cut to {task.max_text_tokens} "
+        f"tokens; dropped: {dropped}"
     )
 
 

@@ -12,7 +12,7 @@ from monkeyjump.cli.demo_inputs import DemoOptions, Inputs, gather
 from monkeyjump.cli.demo_report import LORA, ROUTED, UNTOUCHED, say_plan, show_results, write_results
 from monkeyjump.cli.quiet import quiet
 from monkeyjump.cli.screen import Screen, duration
-from monkeyjump.evaluation import Correct, Spread, evaluate, spread
+from monkeyjump.evaluation import Correct, Spread, answer, spread
 from monkeyjump.training import Watch, fit, save_adapter
 from monkeyjump.training.building import build_model, start_centers
 from monkeyjump.training.callbacks import Step
@@ -30,7 +30,7 @@ def run_demo(options: DemoOptions) -> None:
     screen = Screen()
     with tempfile.TemporaryDirectory(prefix="monkeyjump-demo-") as scratch:
         with screen.phase("data and model"):
-            inputs = gather(options, Path(scratch), screen)
+            inputs = gather(options, screen)
             say_plan(describe_routing(_fresh(inputs, routed=True)), inputs, options, screen)
         _compare(options, inputs, Path(scratch), screen)
 
@@ -82,7 +82,8 @@ def _evaluate(
 
     with screen.bar(f"evaluate {name}", inputs.test_tokens) as bar:
         options: dict[str, Any] = {} if spreads is None else {"around": recorded}
-        return evaluate(model, inputs.data.tests, inputs.collate.inner, EVAL_BATCH, bar.advance, **options)
+        answers = answer(model, inputs.tests, inputs.collate.inner, EVAL_BATCH, bar.advance, **options)
+        return {task.name: task.correct for task in answers}
 
 
 def _train(name: str, model: Any, inputs: Inputs, scratch: Path, screen: Screen, estimate: bool = False) -> None:
@@ -94,8 +95,8 @@ def _train(name: str, model: Any, inputs: Inputs, scratch: Path, screen: Screen,
                 screen.note(f"Expected in all: about {duration(_expected(step, inputs, screen))}")
 
         train, centers = inputs.config.train, inputs.config.method.centers
-        names = inputs.data.facts.names
-        watch = Watch(report=report, where=inputs.data.train.rows.where)
+        names = inputs.data.names
+        watch = Watch(report=report, where=inputs.data.train.where)
         result = fit(model, inputs.data.train, inputs.collate, train, centers, names, scratch / "trainer", watch)
     last = result.losses[-5:]
     screen.say(
@@ -117,17 +118,16 @@ def _expected(step: Step, inputs: Inputs, screen: Screen) -> float:
 def _save_and_reload(model: Any, inputs: Inputs, output: Path, screen: Screen) -> Reloaded:
     folder = output / "adapter"
     save_adapter(model, folder)
-    test, loaded = inputs.data.tests[0], inputs.data.tasks[0]
-    batch = inputs.collate.inner(
-        [{"input_ids": prompt, "attention_mask": [1] * len(prompt)} for prompt in test.prompts[:4]]
-    )
-    reloaded = check_reload(model, inputs.base, folder, batch, test.prompts[0])
+    loaded, first = inputs.data.tasks[0], inputs.tests[0]
+    prompts = [first[row].inputs["input_ids"] for row in range(min(4, len(first)))]
+    batch = inputs.collate.inner([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in prompts])
+    reloaded = check_reload(model, inputs.base, folder, batch, prompts[0])
     same = "bit for bit equal" if reloaded.equal else "NOT equal"
     screen.say(f"\nSaved {folder}; reloaded in a new process on a fresh base: {reloaded.values:,} logits {same}")
     screen.say(f"(largest difference {reloaded.difference:g}). Asked there, with the adapter:")
-    question = loaded.task.instruction.format(**test.examples[0].fields)
+    question = loaded.task.instruction.format(**loaded.test[0].fields)
     screen.say(f"  {question.strip()[:300]}")
-    screen.say(f"  -> {reloaded.answer!r} (right: {loaded.task.choices[test.answers[0]]!r})")
+    screen.say(f"  -> {reloaded.answer!r} (right: {loaded.test[0].gold[0]!r})")
     if not reloaded.equal:
         raise RuntimeError(f"{folder} does not give the logits of the model it was saved from")
     return reloaded

@@ -16,6 +16,10 @@ def train(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's YAML file, or the folder of a run begun.")],
     overrides: Overrides = None,
     preset: Preset = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Train each of these: lora, mj-lora, ... into output.folder/METHOD-seedN.")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Train with each of these seeds, such as 0,1,2.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in output.folder.")] = False,
     debug: Debug = False,
 ) -> int:
@@ -34,11 +38,14 @@ def train(
       monkeyjump train run.yaml train.seed=1 output.folder=runs/seed1
 
       monkeyjump train runs/seed1 --resume
+
+      monkeyjump train run.yaml --methods lora,mj-lora --seeds 0,1,2
     """
     from monkeyjump.cli.quiet import quiet
     from monkeyjump.training.folder import open_run
     from monkeyjump.training.read import read_run
     from monkeyjump.training.run import train_run
+    from monkeyjump.training.sweep import sweep
 
     quiet()
     screen = Screen()
@@ -48,6 +55,24 @@ def train(
         config = open_run(run)
     else:
         config = read_run(run, overrides or (), preset)
-    folder = train_run(config, screen, resume)
+    if methods is None and seeds is None:
+        folder = train_run(config, screen, resume)
+    else:
+        folder = config.output.folder
+        for one in sweep(config, _names(methods), _numbers(seeds)):
+            screen.note(f"\n{one.output.folder}")
+            train_run(one, screen, resume)
     screen.say(f"{folder}: done. Next: monkeyjump evaluate {folder}")
     return 0
+
+
+def _names(given: str | None) -> list[str]:
+    return [name.strip() for name in given.split(",")] if given else []
+
+
+def _numbers(given: str | None) -> list[int]:
+    names = _names(given)
+    wrong = next((name for name in names if not name.isdigit()), None)
+    if wrong is not None:
+        raise InputError(f"--seeds: '{wrong}' is no seed", hint="whole numbers from 0 on, such as 0,1,2")
+    return [int(name) for name in names]

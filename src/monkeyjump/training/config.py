@@ -114,11 +114,11 @@ class Data(Section):
     tasks: list[str | Task] = Field(description="names of the catalog, YAML files, or task descriptions in place")
     size: SizeName = Field(default="full", description="which of the sizes that a task states")
     seed: int = Field(default=0, ge=0, description="sampling of rows; the same for runs that are to be compared")
-    max_length: int = Field(default=1024, ge=2, description="tokens of a row; longer ones are dropped with a count")
+    max_length: int = Field(default=1024, ge=2, description="tokens of a row; its texts are cut to fit")
     cap: int | None = Field(default=None, ge=1, description="at most so many training rows of each task")
-    weights: dict[str, float] = Field(default={}, description="task: its weight, by which rows are shared out")
+    weights: dict[str, float] = Field(default={}, description="task: how often it comes, for all tasks")
     temperature: float | None = Field(
-        default=None, gt=0, description="rows in proportion to size ** (1 / temperature); null: as they are"
+        default=None, gt=0, description="tasks come in proportion to size ** (1 / temperature); null: rows as they are"
     )
 
     @field_validator("tasks", mode="before")

@@ -34,12 +34,11 @@ class Estimate:
         return self.weights + self.adapters + self.activations
 
 
-def estimate(model: nn.Module, config: Any, train: Train, tokens: int, spool: int, kept: int | None = None) -> Estimate:
+def estimate(model: nn.Module, config: Any, train: Train, tokens: int, kept: int | None = None) -> Estimate:
     """For a batch of `tokens` tokens, padding included.
 
     Args:
         config: transformers' config of the base model.
-        spool: bytes of the encoded training rows.
         kept: bytes that a batch was measured to keep; None: from the shapes.
     """
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -52,7 +51,7 @@ def estimate(model: nn.Module, config: Any, train: Train, tokens: int, spool: in
         activations=activations,
         measured=kept is not None,
         checkpoint=checkpoint,
-        disk=checkpoint * (train.keep + 1) + 4 * trainable + spool,
+        disk=checkpoint * (train.keep + 1) + 4 * trainable,
     )
 
 

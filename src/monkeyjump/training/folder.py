@@ -28,7 +28,7 @@ from monkeyjump.training.config import RunConfig, absolute
 from monkeyjump.training.read import read_run, write_run
 
 CONFIG, FACTS, METRICS, RESULT = "config.yaml", "run.json", "metrics.jsonl", "result.json"
-ADAPTER, CHECKPOINTS, DATA, CENTERS = "adapter", "checkpoints", "data", "centers.safetensors"
+ADAPTER, CHECKPOINTS, CENTERS = "adapter", "checkpoints", "centers.safetensors"
 PACKAGES = ("monkeyjump", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "numpy")
 # may change when a run goes on: nothing that is learned depends on them
 FREE = {("output", "folder"), ("train", "keep"), ("train", "report_to")}

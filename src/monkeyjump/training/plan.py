@@ -10,10 +10,8 @@ Anything that would make the run silently do nothing is a problem, and a plan wi
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +21,6 @@ from monkeyjump import record_routing
 from monkeyjump.bench.memory import saved_bytes
 from monkeyjump.evaluation.routing import spread
 from monkeyjump.tasks import Collator, InputError
-from monkeyjump.tasks.models import load_tokenizer
 from monkeyjump.training.adapters import adapter_config, add_adapter
 from monkeyjump.training.arguments import total_steps
 from monkeyjump.training.building import batches, build_model, needs_centers, start_centers
@@ -35,6 +32,7 @@ from monkeyjump.training.models import has_tokenizer, has_weights, model_config,
 from monkeyjump.training.probe import Probe, forward, probe
 
 PROBE_BATCHES = 16
+CHECKED_ROWS = 20_000
 CENTER_TOKENS = 4096
 COLLAPSED = 1.5  # adapters in effective use below which a block counts as collapsed (F41)
 Say = Callable[[str], None]
@@ -105,20 +103,18 @@ def make_plan(config: RunConfig, parameters_only: bool = False, say: Say = lambd
     place = place_of(config.model, say)
     base_config = model_config(config.model, place)
     skeletal = _plan_parameters(plan, config, place)
-    with tempfile.TemporaryDirectory(prefix="monkeyjump-plan-") as scratch:
-        data = None if parameters_only else _plan_data(plan, config, place, Path(scratch), say)
-        spool = sum(file.stat().st_size for file in Path(scratch).iterdir())
-        tokens = config.train.batch_size * (data.facts.longest if data else config.data.max_length)
-        kept = None
-        if parameters_only:
-            plan.left_out.append("data, experts and probe step: not asked for")
-        elif data and not has_weights(place):
-            plan.left_out.append(f"experts and probe step: {place} has no weights")
-        elif data and not plan.problems:
-            say("loading the weights")
-            kept = _plan_steps(plan, config, place, data, say)
+    data = None if parameters_only else _plan_data(plan, config, place, say)
+    tokens = config.train.batch_size * (data.checked.longest if data else config.data.max_length)
+    kept = None
+    if parameters_only:
+        plan.left_out.append("data, experts and probe step: not asked for")
+    elif data and not has_weights(place):
+        plan.left_out.append(f"experts and probe step: {place} has no weights")
+    elif data and not plan.problems:
+        say("loading the weights")
+        kept = _plan_steps(plan, config, place, data, say)
     if skeletal is not None:
-        plan.estimate = estimate(skeletal, base_config, config.train, tokens, spool, kept)
+        plan.estimate = estimate(skeletal, base_config, config.train, tokens, kept)
         _check_disk(plan, config)
     return plan
 
@@ -146,30 +142,29 @@ def _plan_parameters(plan: Plan, config: RunConfig, place: str) -> Any:
     return model
 
 
-def _plan_data(plan: Plan, config: RunConfig, place: str, scratch: Path, say: Say) -> RunData | None:
+def _plan_data(plan: Plan, config: RunConfig, place: str, say: Say) -> RunData | None:
     if not has_tokenizer(place):
         plan.left_out.append(f"data: {place} has no tokenizer")
         return None
-    tokenizer = load_tokenizer(place)
-    data = prepare(config.data, tokenizer, scratch, say)
-    per_task = data.train.per_task()
-    for loaded, test in zip(data.tasks, data.tests):
+    data = prepare(config.data, place, say, checked=CHECKED_ROWS)
+    for number, loaded in enumerate(data.tasks):
         name = loaded.task.name
         plan.rows[name] = {
-            "train": per_task[name],
-            "available": data.facts.kept[name],
-            "test": len(test.prompts),
-            "cut": data.cut[name],
-            "dropped": data.facts.dropped[name],
+            "train": data.train.blend.rows[name],
+            "available": len(loaded.train) - data.train.blend.overlap[name],
+            "test": len(loaded.test),
+            "cut": data.prompts.cut[name],
+            "dropped": data.dropped(loaded),
         }
+        plan.samples.append(_sample(data, int((data.train.tasks == number).argmax())))
+    if data.checked.rows < len(data.train):
+        plan.warnings.append(f"{data.checked.rows:,} of {len(data.train):,} training rows were encoded and looked at")
     plan.steps = total_steps(config.train, len(data.train))
-    first = {number: int((data.train.rows.tasks == number).argmax()) for number in range(len(data.tasks))}
-    plan.samples = [_sample(tokenizer, data, row) for row in first.values()]
     return data
 
 
-def _sample(tokenizer: Any, data: RunData, number: int) -> Sample:
-    row = data.train.rows[number]
+def _sample(data: RunData, number: int) -> Sample:
+    row, tokenizer = data.train[number], data.prompts.tokenizer
     pieces: list[tuple[list[int], bool]] = []
     for token, label in zip(row["input_ids"], row["labels"]):
         supervised = label >= 0
@@ -178,13 +173,13 @@ def _sample(tokenizer: Any, data: RunData, number: int) -> Sample:
         pieces[-1][0].append(token)
     texts = [(tokenizer.decode(ids, skip_special_tokens=False), supervised) for ids, supervised in pieces]
     supervised = sum(label >= 0 for label in row["labels"])
-    return Sample(data.facts.names[row["task_ids"]], len(row["input_ids"]), supervised, texts)
+    return Sample(data.names[row["task_ids"]], len(row["input_ids"]), supervised, texts)
 
 
 def _plan_steps(plan: Plan, config: RunConfig, place: str, data: RunData, say: Say) -> int:
     """Centers, tokens per expert, gradients; returns the bytes that the batch with the longest row keeps."""
     model = build_model(config, place, plan.steps)
-    collate = RunCollator(Collator.of(load_tokenizer(place)))
+    collate = RunCollator(Collator.of(data.prompts.tokenizer))
     small = config.method.centers.model_copy(update={"max_tokens": CENTER_TOKENS, "restarts": 1})
     if needs_centers(model):
         say(f"k-means over {CENTER_TOKENS:,} tokens")
@@ -193,7 +188,7 @@ def _plan_steps(plan: Plan, config: RunConfig, place: str, data: RunData, say: S
         _plan_experts(plan, model, data, collate, config)
     say("probe step")
     size = config.train.batch_size
-    longest = [data.train.rows[data.facts.longest_row], *(data.train[i] for i in range(min(size - 1, len(data.train))))]
+    longest = [data.train[data.checked.longest_row], *(data.train[i] for i in range(min(size - 1, len(data.train))))]
     found = [collate(longest)]
     for number, batch in enumerate(batches(data.train, collate, config.train.seed, size)):
         if number == PROBE_BATCHES:

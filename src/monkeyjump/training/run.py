@@ -10,7 +10,6 @@ import shutil
 import sys
 import time
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +19,6 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
 from monkeyjump.tasks import Collator, InputError
-from monkeyjump.tasks.models import load_tokenizer
 from monkeyjump.training import folder as files
 from monkeyjump.training.arguments import total_steps
 from monkeyjump.training.building import Rows, build_model, start_centers
@@ -68,7 +66,7 @@ def train_run(config: RunConfig, display: Display, resume: bool = False) -> Path
         place = place_of(config.model, display.note)
         model_config(config.model, place)
         with files.made(folder), state.main_process_first():
-            data = _prepare(config, place, display, state.is_main_process)
+            data = prepare(config.data, place, display.note)
         if state.is_main_process:
             _check_data(folder, data, going_on)
             files.write_config(folder, config)
@@ -100,15 +98,6 @@ def _check_folder(folder: Path, config: RunConfig, resume: bool) -> bool:
     return True
 
 
-def _prepare(config: RunConfig, place: str, display: Display, first: bool) -> RunData:
-    folder = config.output.folder
-    rows = folder / files.DATA
-    if first and not files.is_run(folder):
-        shutil.rmtree(rows, ignore_errors=True)  # of a process that was killed before it had said what it does
-    tokenizer = load_tokenizer(place)
-    return prepare(config.data, tokenizer, rows, display.note)
-
-
 def _check_data(folder: Path, data: RunData, going_on: bool) -> None:
     if not going_on or not (folder / files.FACTS).is_file():
         return
@@ -128,7 +117,7 @@ def _prepare_model(
     steps = total_steps(config.train, len(data.train), state.num_processes)
     display.note("loading the model")
     model = build_model(config, place, steps)
-    collate = RunCollator(Collator.of(load_tokenizer(place)))
+    collate = RunCollator(Collator.of(data.prompts.tokenizer))
     start = folder / files.CENTERS
     if checkpoint is None and config.method.routed:
         display.note("initializing the centers")
@@ -142,7 +131,7 @@ def _prepare_model(
     if not config.method.routed:
         return model, None, collate
     batch = collate([data.train[i] for i in _fixed(len(data.train), config.train.routing_rows)])
-    return model, RoutingLog(model, batch, data.facts.names, load_file(start)), collate
+    return model, RoutingLog(model, batch, data.names, load_file(start)), collate
 
 
 def _fixed(rows: int, count: int) -> list[int]:
@@ -162,8 +151,9 @@ def _write_facts(folder: Path, config: RunConfig, data: RunData, model: Any, ste
                 "centers": config.method.centers.seed,
             },
             "fingerprints": data.fingerprints(),
-            "data": asdict(data.facts),
-            "rows_per_epoch": data.train.per_task(),
+            "rows_per_epoch": dict(data.train.blend.rows),
+            "test_rows": {loaded.task.name: len(loaded.test) for loaded in data.tasks},
+            "dropped": {loaded.task.name: data.dropped(loaded) for loaded in data.tasks},
             "steps": steps,
             "processes": processes,
             "trainable_parameters": found.trainable_parameters,
@@ -206,13 +196,13 @@ def _fit(
 
         watch = Watch(
             report=report,
-            where=data.train.rows.where,
+            where=data.train.where,
             folder=folder / files.CHECKPOINTS,
             resume=checkpoint,
             routing=log,
             interrupts=interrupts,
         )
-        return fit(model, rows, collate, config.train, config.method.centers, data.facts.names, folder, watch)
+        return fit(model, rows, collate, config.train, config.method.centers, data.names, folder, watch)
 
 
 def _finish(config: RunConfig, fitted: Fitted, model: Any, state: PartialState) -> None:
@@ -238,6 +228,5 @@ def _finish(config: RunConfig, fitted: Fitted, model: Any, state: PartialState) 
                 "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             },
         )
-        shutil.rmtree(folder / files.DATA, ignore_errors=True)
         clear_aside(folder / files.CHECKPOINTS)
     barrier()
