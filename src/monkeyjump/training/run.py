@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from monkeyjump.tasks import Collator, InputError
 from monkeyjump.training import folder as files
+from monkeyjump.training.adapters import adapter_config, add_adapter
 from monkeyjump.training.arguments import total_steps
 from monkeyjump.training.building import Rows, build_model, start_centers
 from monkeyjump.training.callbacks import Step, barrier
@@ -28,7 +29,7 @@ from monkeyjump.training.config import RunConfig
 from monkeyjump.training.coverage import coverage
 from monkeyjump.training.data import RunCollator, RunData, prepare
 from monkeyjump.training.fit import Fitted, Watch, fit
-from monkeyjump.training.models import model_config, place_of
+from monkeyjump.training.models import place_of, skeleton
 from monkeyjump.training.routing_log import RoutingLog, centers_of
 from monkeyjump.training.saving import save_adapter, try_saving
 from monkeyjump.training.signals import Interrupted, Interrupts
@@ -64,7 +65,7 @@ def train_run(config: RunConfig, display: Display, resume: bool = False) -> Path
         return folder
     with Interrupts(f"interrupted; {GO_ON.format(folder=folder)}") as interrupts:
         place = place_of(config.model, display.note)
-        model_config(config.model, place)
+        _check_adapter(config, place)
         with files.made(folder), state.main_process_first():
             data = prepare(config.data, place, display.note)
         if state.is_main_process:
@@ -96,6 +97,12 @@ def _check_folder(folder: Path, config: RunConfig, resume: bool) -> bool:
         )
     files.check_same(folder, config)
     return True
+
+
+def _check_adapter(config: RunConfig, place: str) -> None:
+    """Puts the adapter on the model's skeleton: what does not fit is told before anything is written."""
+    base = skeleton(config.model, place)
+    add_adapter(base, adapter_config(config.method, base), place)
 
 
 def _check_data(folder: Path, data: RunData, going_on: bool) -> None:
