@@ -25,6 +25,6 @@ class CommandWithFields(TyperCommand):
         console = Console(highlight=False, markup=False)
         console.print(table)
         console.print(
-            "\nPresets of a whole run (--preset, or `preset:` in the file): paper, paper-vision, demo.\n"
+            "\nPresets (--preset, or `preset:` in the file): demo, paper, paper-vision, paper-ablation.\n"
             "method takes the fields of the PEFT method in `base` and of MonkeyJumpConfig; those of lora are shown."
         )

@@ -18,7 +18,9 @@ RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run's fil
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="Overrides, such as train.learning_rate=1e-4.")
 ]
-Preset = Annotated[str | None, typer.Option(help="Values for what the file leaves open: paper, paper-vision, demo.")]
+Preset = Annotated[
+    str | None, typer.Option(help="Values for what the file leaves open: paper, paper-vision, paper-ablation, demo.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
