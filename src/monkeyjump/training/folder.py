@@ -66,6 +66,15 @@ def made(folder: Path) -> Iterator[None]:
         raise
 
 
+def clear(folder: Path) -> None:
+    """Removes what a killed process had begun to write beside its place: all of it has names with a dot."""
+    for path in folder.glob(".*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def check_same(folder: Path, config: RunConfig) -> None:
     """Refuses to go on with other settings than the run was begun with. Raises InputError naming them."""
     before, now = _flat(open_run(folder)), _flat(absolute(config))

@@ -73,6 +73,7 @@ def train_run(config: RunConfig, display: Display, resume: bool = False) -> Path
             files.write_config(folder, config)
             (folder / files.CHECKPOINTS).mkdir(exist_ok=True)
             clear_aside(folder / files.CHECKPOINTS)
+            files.clear(folder)
         barrier()
         checkpoint = latest(folder / files.CHECKPOINTS) if going_on else None
         model, log, collate = _prepare_model(config, place, data, checkpoint, display, state)
@@ -185,7 +186,7 @@ def _fit(
     folder = config.output.folder
     rows: Rows = data.train
     done = number_of(checkpoint) if checkpoint else 0
-    metrics = files.MetricsFile(folder, done) if state.is_main_process else None
+    metrics = files.MetricsFile(folder, done if checkpoint else -1) if state.is_main_process else None
     total = total_steps(config.train, len(rows), state.num_processes)
     if checkpoint:
         display.note(f"going on after step {done} of {total}")
@@ -225,7 +226,8 @@ def _finish(config: RunConfig, fitted: Fitted, model: Any, state: PartialState) 
         save_adapter(model, folder / files.ADAPTER, write)
         if sharded:
             shutil.rmtree(aside)
-        files.write_json(
+        clear_aside(folder / files.CHECKPOINTS)
+        files.write_json(  # last: from here on the run is done
             folder / files.RESULT,
             {
                 "steps": fitted.steps,
@@ -235,5 +237,4 @@ def _finish(config: RunConfig, fitted: Fitted, model: Any, state: PartialState) 
                 "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             },
         )
-        clear_aside(folder / files.CHECKPOINTS)
     barrier()
