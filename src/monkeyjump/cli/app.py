@@ -10,11 +10,11 @@ import typer
 
 from monkeyjump.cli.bench import bench
 from monkeyjump.cli.demo import demo
-from monkeyjump.cli.methods import methods
-from monkeyjump.cli.tasks import tasks
 from monkeyjump.cli.evaluate import evaluate
 from monkeyjump.cli.fields import CommandWithFields
+from monkeyjump.cli.methods import methods
 from monkeyjump.cli.plan import plan
+from monkeyjump.cli.tasks import tasks
 from monkeyjump.cli.train import train
 from monkeyjump.tasks.errors import InputError
 
