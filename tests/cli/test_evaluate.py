@@ -154,6 +154,17 @@ def test_bad_input_is_one_line_and_a_hint(evaluate, arguments, error: str, hint:
     assert hint in err.splitlines()[1]
 
 
+def test_probes_of_a_run(runs: Path, monkeypatch, capsys):
+    monkeypatch.chdir(runs)
+    assert app.run(["probe", "out/mj-lora-seed0", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["probes"]
+    assert {(one["task"], one["layer"]) for one in found} == {("films", 1), ("food", 1)}
+    assert {"first", "end-1", "mean", "max", "attention"} <= {one["place"] for one in found}
+    assert (runs / "out" / "mj-lora-seed0" / "evaluation" / "probes.json").is_file()
+    assert app.run(["probe", "out/mj-lora-seed0", "--layers", "2"]) == 2
+    assert "no block 2" in capsys.readouterr().err
+
+
 def test_a_run_that_is_not_done_is_told_to_go_on(evaluate, runs: Path, monkeypatch):
     result = runs / "out" / "mj-lora-seed1" / "result.json"
     text = result.read_text()

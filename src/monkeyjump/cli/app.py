@@ -14,6 +14,7 @@ from monkeyjump.cli.evaluate import evaluate
 from monkeyjump.cli.fields import CommandWithFields
 from monkeyjump.cli.methods import methods
 from monkeyjump.cli.plan import plan
+from monkeyjump.cli.probe import probe
 from monkeyjump.cli.tasks import tasks
 from monkeyjump.cli.train import train
 from monkeyjump.tasks.errors import InputError
@@ -36,6 +37,7 @@ app.command()(tasks)
 app.command(cls=CommandWithFields)(plan)
 app.command(cls=CommandWithFields)(train)
 app.command()(evaluate)
+app.command()(probe)
 
 
 @app.callback()
