@@ -18,6 +18,7 @@ from monkeyjump.training.building import build_model, start_centers
 from monkeyjump.training.callbacks import Step
 from monkeyjump.training.models import load
 from monkeyjump.training.reload import Reloaded, check_reload
+from monkeyjump.training.signals import Interrupted, Interrupts
 
 PACE_STEPS = 3  # steps of training after which the duration of the rest is known well enough
 EVAL_BATCH = 16
@@ -28,20 +29,20 @@ def run_demo(options: DemoOptions) -> None:
     """Raises InputError for bad input, before any long work."""
     quiet()
     screen = Screen()
-    with tempfile.TemporaryDirectory(prefix="monkeyjump-demo-") as scratch:
+    with Interrupts("interrupted") as interrupts, tempfile.TemporaryDirectory(prefix="monkeyjump-demo-") as scratch:
         with screen.phase("data and model"):
             inputs = gather(options, screen)
             say_plan(describe_routing(_fresh(inputs, routed=True)), inputs, options, screen)
-        _compare(options, inputs, Path(scratch), screen)
+        _compare(options, inputs, Path(scratch), interrupts, screen)
 
 
-def _compare(options: DemoOptions, inputs: Inputs, scratch: Path, screen: Screen) -> None:
+def _compare(options: DemoOptions, inputs: Inputs, scratch: Path, interrupts: Interrupts, screen: Screen) -> None:
     results: dict[str, Correct] = {}
     with screen.phase("evaluate untouched"):
         results[UNTOUCHED] = _evaluate(UNTOUCHED, load(inputs.config.model, inputs.base), inputs, screen)
     lora = _fresh(inputs, routed=False)
     with screen.phase("train LoRA"):
-        _train(LORA, lora, inputs, scratch, screen, estimate=True)
+        _train(LORA, lora, inputs, scratch, interrupts, screen, estimate=True)
     with screen.phase("evaluate LoRA"):
         results[LORA] = _evaluate(LORA, lora, inputs, screen)
     del lora
@@ -50,7 +51,7 @@ def _compare(options: DemoOptions, inputs: Inputs, scratch: Path, screen: Screen
         centers = inputs.config.method.centers
         start_centers(routed, inputs.data.train, inputs.collate, centers, screen.err.is_terminal)
     with screen.phase("train MJ-LoRA"):
-        _train(ROUTED, routed, inputs, scratch, screen)
+        _train(ROUTED, routed, inputs, scratch, interrupts, screen)
     spreads: dict[str, Spread] = {}
     with screen.phase("evaluate MJ-LoRA"):
         results[ROUTED] = _evaluate(ROUTED, routed, inputs, screen, spreads)
@@ -86,7 +87,15 @@ def _evaluate(
         return {task.name: task.correct for task in answers}
 
 
-def _train(name: str, model: Any, inputs: Inputs, scratch: Path, screen: Screen, estimate: bool = False) -> None:
+def _train(
+    name: str,
+    model: Any,
+    inputs: Inputs,
+    scratch: Path,
+    interrupts: Interrupts,
+    screen: Screen,
+    estimate: bool = False,
+) -> None:
     with screen.bar(f"train {name}", inputs.steps) as bar:
 
         def report(step: Step) -> None:
@@ -96,8 +105,10 @@ def _train(name: str, model: Any, inputs: Inputs, scratch: Path, screen: Screen,
 
         train, centers = inputs.config.train, inputs.config.method.centers
         names = inputs.data.names
-        watch = Watch(report=report, where=inputs.data.train.where)
+        watch = Watch(report=report, where=inputs.data.train.where, interrupts=interrupts)
         result = fit(model, inputs.data.train, inputs.collate, train, centers, names, scratch / "trainer", watch)
+    if interrupts.received:
+        raise Interrupted("interrupted", interrupts.received)
     last = result.losses[-5:]
     screen.say(
         f"{name}: {result.steps} steps, {result.tokens:,} tokens in {duration(result.seconds)} "
