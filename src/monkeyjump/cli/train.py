@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -62,7 +63,8 @@ def train(
         for one in sweep(config, _names(methods), _numbers(seeds)):
             screen.note(f"\n{one.output.folder}")
             train_run(one, screen, resume)
-    screen.say(f"{folder}: done. Next: monkeyjump evaluate {folder}")
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+        screen.say(f"{folder}: done. Next: monkeyjump evaluate {folder}")
     return 0
 
 

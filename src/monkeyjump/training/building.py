@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -52,7 +53,7 @@ def start_centers(
         return
     initialize_centers(
         model,
-        batches(rows, collate, centers.seed),
+        own_share(batches(rows, collate, centers.seed)),
         max_tokens=centers.max_tokens,
         max_samples=centers.max_samples,
         iterations=centers.iterations,
@@ -60,6 +61,13 @@ def start_centers(
         seed=centers.seed,
         progress=progress,
     )
+
+
+def own_share(all_batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Of several ranks that read the same batches, every one takes its turn."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return all_batches
+    return islice(all_batches, torch.distributed.get_rank(), None, torch.distributed.get_world_size())
 
 
 def batches(rows: Rows, collate: Callable[..., Any], seed: int, size: int = 8) -> Iterator[dict[str, Any]]:

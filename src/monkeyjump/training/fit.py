@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft.tuners.adalora import AdaLoraModel
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from monkeyjump import CenterUpdate
 from monkeyjump.training.arguments import training_arguments
@@ -102,7 +103,8 @@ def fit(
     watch = watch or Watch()
     strategy = {} if watch.folder else {"save_strategy": "no"}
     aside = watch.folder / ASIDE if watch.folder else work
-    arguments = training_arguments(train, aside, **strategy)
+    arguments = training_arguments(train, aside, **strategy, **_processors())
+    _check_ranks(arguments)
     update = center_update(model, centers)
     callbacks: list[TrainerCallback] = [EveryAdapterLearns(), FiniteGradients(train.stop_after, update, watch.where)]
     if update is not None:
@@ -134,6 +136,23 @@ def fit(
     with no_space(aside):
         trainer.train(resume_from_checkpoint=str(watch.resume) if watch.resume else None)
     return fitted
+
+
+def _processors() -> dict[str, bool]:
+    """Several processes without a GPU: Trainer must be told, or each of them trains alone."""
+    return {"use_cpu": True} if _several() and not torch.cuda.is_available() else {}
+
+
+def _check_ranks(arguments: TrainingArguments) -> None:
+    if _several() and arguments.world_size != torch.distributed.get_world_size():
+        raise RuntimeError(
+            f"{torch.distributed.get_world_size()} processes were started, but Trainer sees {arguments.world_size}: "
+            "each would train alone; check train.arguments and the launch file"
+        )
+
+
+def _several() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def center_update(model: Any, centers: Centers) -> CenterUpdate | None:

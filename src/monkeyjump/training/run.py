@@ -195,7 +195,8 @@ def _fit(
 
         def report(step: Step) -> None:
             nonlocal last
-            assert metrics is not None
+            if metrics is None:  # another process writes them
+                return
             # without the clock first: these numbers are the same in every run of the same config
             metrics.write({"step": step.number, **step.metrics, "seconds": round(step.seconds, 3)})
             if "loss" in step.metrics:
