@@ -159,6 +159,14 @@ def test_half_precision_is_the_bases_and_adapters_stay_float32():
         assert {p.dtype for p in parameters if not p.requires_grad} == {torch.bfloat16}
 
 
+def test_a_config_without_weights_is_enough(tmp_path):
+    load_base(TINY).config.save_pretrained(tmp_path)
+    for name in (tmp_path, tmp_path / "config.json"):
+        model = load_base(Settings(**{**asdict(TINY), "shape": Shape(), "model": str(name)}))
+        assert model.config.hidden_size == 32
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_settings_reach_the_child_unchanged():
     assert settings_from(json.dumps(asdict(TINY))) == TINY
 

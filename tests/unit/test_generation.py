@@ -1,4 +1,7 @@
-"""Generation: cached equals uncached equals step by step; sequence decisions hold for the whole answer."""
+"""Generation: sequence decisions hold for the whole answer, and begin anew with an emptied cache.
+
+Every cache, beams, mixed batches and prompts in pieces are in tests/integration.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +22,6 @@ def stepwise(model: object, ids: Tensor, steps: int) -> Tensor:
         logits = model(ids, use_cache=False).logits[:, -1]
         ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
     return ids
-
-
-def test_token_mode_generates_the_same_with_and_without_a_cache() -> None:
-    model = routed(llama(), temperature=0.2).eval()
-    ids = tokens(2, 6)
-    cached = model.generate(input_ids=ids, **GREEDY)
-    assert torch.equal(cached, model.generate(input_ids=ids, use_cache=False, **GREEDY))
-    assert torch.equal(cached, stepwise(model, ids, 8))
-    torch.testing.assert_close(model(cached).logits[:, 5:-1].argmax(-1), cached[:, 6:])
 
 
 @pytest.mark.parametrize("granularity", SEQUENCE)
@@ -55,29 +49,6 @@ def test_prompt_end_generates_the_same_without_a_cache_when_told_the_prompt() ->
     cached = model.generate(input_ids=ids, **GREEDY)
     with routing_inputs(model, prompt_lengths=torch.tensor([6, 6])):
         assert torch.equal(cached, stepwise(model, ids, 8))
-
-
-@pytest.mark.parametrize("granularity", ["token", *SEQUENCE])
-def test_left_padded_rows_generate_what_they_generate_alone(granularity: str) -> None:
-    model = routed(llama(), granularity=granularity, temperature=0.2).eval()
-    long, short = tokens(1, 7), tokens(1, 4, seed=9)
-    blank = torch.zeros(1, 3, dtype=torch.long)
-    ids = torch.cat([long, torch.cat([blank, short], 1)])
-    mask = torch.cat([torch.ones_like(long), torch.cat([blank, torch.ones_like(short)], 1)])
-    both = model.generate(input_ids=ids, attention_mask=mask, **GREEDY)
-    assert torch.equal(both[0, 7:], model.generate(input_ids=long, **GREEDY)[0, 7:])
-    assert torch.equal(both[1, 7:], model.generate(input_ids=short, **GREEDY)[0, 4:])
-
-
-@pytest.mark.parametrize("granularity", ["token", "prompt_end"])
-def test_beams_and_samples_run(granularity: str) -> None:
-    model = routed(llama(), granularity=granularity).eval()
-    ids = tokens(2, 5)
-    assert model.generate(input_ids=ids, num_beams=3, max_new_tokens=4, do_sample=False).shape == (2, 9)
-    assert model.generate(input_ids=ids, num_return_sequences=2, max_new_tokens=4, do_sample=True).shape == (
-        4,
-        9,
-    )
 
 
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])

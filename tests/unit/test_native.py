@@ -16,7 +16,7 @@ from monkeyjump import native
 from monkeyjump.ops import DropoutMask, gated_delta, gated_linear, gated_scale, gated_scale_reference
 from monkeyjump.ops.dropout import spread
 from monkeyjump.routing.ema import CenterStatistics
-from monkeyjump.routing.gates import similarity_logits
+from monkeyjump.routing.gates import gates_from_logits, route, similarity_logits
 
 COMPILER = (sysconfig.get_config_var("CC") or "cc").split()[0]
 needed = pytest.mark.skipif(not native.is_there(), reason="the kernels are not compiled here")
@@ -114,14 +114,30 @@ def test_the_gated_scaling(rows: int, gate: str | None, threads: int) -> None:
 
 
 @needed
-@pytest.mark.parametrize("centers", [1, 2, 3, 7])
+@pytest.mark.parametrize("gate_norm", ["none", "one", "k"])
+@pytest.mark.parametrize(("centers", "experts"), [(1, 1), (1, 2), (2, 2), (2, 5), (3, 3), (7, 7)])
 @pytest.mark.parametrize("rows", [1, 6, LARGE])
-def test_cosines(rows: int, centers: int, threads: int) -> None:
+def test_the_routing_decision(rows: int, centers: int, experts: int, gate_norm: str, threads: int) -> None:
     torch.manual_seed(0)
     h, c = torch.randn(rows, 32) * torch.logspace(-6, 6, rows)[:, None], torch.randn(centers, 32)
-    h[0] = 0
-    unit = torch.nn.functional.normalize(h.double(), dim=-1) @ torch.nn.functional.normalize(c.double(), dim=-1).T
-    torch.testing.assert_close(similarity_logits(h, c, "cosine").double(), unit, rtol=1e-5, atol=1e-6)
+    h[0] = 0  # equally near to all
+    rule = (experts, "cosine", 0.3, 2, gate_norm)
+    assert native.serves(h, c)
+    gates, chosen, logits = route(h, c, *rule)
+    exact, expected, similar = route(h.double(), c.double(), *rule)  # torch's operations
+    assert torch.equal(chosen, expected)
+    torch.testing.assert_close(logits, similar.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gates, exact.float(), rtol=1e-5, atol=1e-6)
+
+
+@needed
+def test_states_that_are_no_numbers_choose_as_torch_does() -> None:
+    h, c = torch.randn(5, 32), torch.randn(4, 32)
+    h[2, 7] = torch.nan
+    mine = route(h, c, 4, "cosine", 1.0, 2, "k")
+    theirs = gates_from_logits(similarity_logits(h, c, "cosine"), 2, "k")
+    assert torch.equal(mine[1], theirs[1])
+    torch.testing.assert_close(mine[0], theirs[0], equal_nan=True)
 
 
 @needed

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from monkeyjump.ops import DropoutMask, gated_delta, gated_linear, gated_linear_reference
+from monkeyjump.ops import (
+    DropoutMask,
+    gated_delta,
+    gated_linear,
+    gated_linear_reference,
+    gated_scale,
+    gated_scale_reference,
+)
 from monkeyjump.ops.dropout import spread
 from monkeyjump.tuner.fused import FusedLoraLinear, FusedSVDLinear
 from tiny import llama, routed, tokens, trainable
@@ -101,11 +108,70 @@ def test_inputs_without_rows_and_without_order() -> None:
     torch.testing.assert_close(gated_linear(**strided), gated_linear(**given))
 
 
-def test_a_second_derivative_is_refused() -> None:
+@pytest.mark.parametrize("operation", ["linear", "delta", "scale"])
+def test_a_second_derivative_is_refused(operation: str) -> None:
     given = operands()
-    (first,) = torch.autograd.grad(gated_linear(**given).pow(2).sum(), given["x"], create_graph=True)
+    x, a, b = given["x"], given["a"], given["b"]
+    gain = torch.rand(5, dtype=torch.float64, requires_grad=True)
+    out = {"linear": gated_linear(**given), "delta": gated_delta(x, a, b), "scale": gated_scale(x, gain)}[operation]
+    (first,) = torch.autograd.grad(out.pow(2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_the_gated_scaling_passes_gradcheck_and_equals_its_reference(gate: str) -> None:
+    torch.manual_seed(0)
+    y, gain = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    torch.testing.assert_close(gated_scale(y, gain, GATES[gate]), gated_scale_reference(y, gain, GATES[gate]))
+    inputs = (y.requires_grad_(), gain.requires_grad_())
+    assert torch.autograd.gradcheck(lambda y, gain: gated_scale(y, gain, GATES[gate]), inputs)
+    assert torch.autograd.gradcheck(lambda gain: gated_scale(y.detach(), gain, GATES[gate]), inputs[1:])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+def test_the_gated_scaling_of_half_precision_outputs(dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    y, gain, gate = torch.randn(2, 3, 4).to(dtype).requires_grad_(), torch.randn(4, requires_grad=True), GATES["token"]
+    out = gated_scale(y, gain, gate.float())
+    out.float().sum().backward()
+    assert (out.dtype, y.grad.dtype, gain.grad.dtype) == (dtype, dtype, torch.float32)
+    exact_y, exact_gain = y.detach().double().requires_grad_(), gain.detach().double().requires_grad_()
+    expected = gated_scale_reference(exact_y, exact_gain, gate)
+    expected.sum().backward()
+    for mine, theirs in ((out, expected), (y.grad, exact_y.grad), (gain.grad, exact_gain.grad)):
+        torch.testing.assert_close(
+            mine.double(), theirs, rtol=tolerance, atol=tolerance * float(theirs.detach().abs().max())
+        )
+
+
+def test_the_gated_scaling_of_no_rows_and_of_rows_out_of_order() -> None:
+    gain = torch.rand(8, requires_grad=True)
+    gated_scale(torch.rand(2, 0, 8), gain, torch.rand(2, 0, 1)).sum().backward()
+    assert not gain.grad.any()
+    y, gate = torch.rand(3, 2, 8).transpose(0, 1), torch.rand(2, 3, 1)
+    torch.testing.assert_close(gated_scale(y, gain, gate), gated_scale_reference(y, gain, gate))
+
+
+def test_the_gated_scaling_keeps_one_wide_tensor() -> None:
+    y, gain = torch.randn(64, 16, requires_grad=True), torch.rand(16, requires_grad=True)
+    assert saved_by(lambda: gated_scale(y, gain)) >= {t.untyped_storage().data_ptr() for t in (y, gain)}
+    assert len(saved_by(lambda: gated_scale(y, gain))) == 3  # and the gates, one number a token
+
+
+@pytest.mark.parametrize("base", ["lora", "adalora", "propulsion"])
+def test_torch_func_differentiates_a_routed_model_as_autograd_does(base: str) -> None:
+    extra = {"total_step": 5} if base == "adalora" else {}
+    model = routed(llama(), base=base, **extra).eval()
+    parameters, ids = dict(trainable(model)), tokens()
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, values, kwargs={"input_ids": ids, "labels": ids}).loss
+
+    found = torch.func.grad(loss)({name: p.detach() for name, p in parameters.items()})
+    model(input_ids=ids, labels=ids).loss.backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 def saved_by(call: object) -> set[int]:

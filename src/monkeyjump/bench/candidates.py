@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,13 +61,21 @@ def _llama_config(settings: Settings) -> LlamaConfig:
 
 def _load(name: str, dtype: torch.dtype) -> Any:
     try:
-        AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name)
+        if _is_config_only(name):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise InputError(
             f"--model: '{name}' cannot be read: {str(error).splitlines()[0]}",
-            hint="give a folder with config.json and safetensors weights, a Hub id, or leave it out for random weights",
+            hint="give a folder with config.json (and safetensors weights, else they are random), a Hub id, or nothing",
         ) from error
+
+
+def _is_config_only(name: str) -> bool:
+    """Whether `name` is a config file, or a folder with one and no weights: they are drawn at random then."""
+    path = Path(name)
+    return path.is_file() or (path.is_dir() and not any(path.glob("*.safetensors*")))
 
 
 def _check_positions(config: Any, settings: Settings) -> None:

@@ -38,7 +38,10 @@ SHAPE, DEFAULTS = Shape(), Settings()
 def bench(
     model: Annotated[
         str | None,
-        typer.Option(help="A Hub id or a local folder. Default: a Llama-like model with random weights, shaped below."),
+        typer.Option(
+            help="A Hub id, a local folder or a config.json (random weights where it has none). Default: a Llama-like "
+            "model with random weights, shaped below."
+        ),
     ] = None,
     hidden_size: Annotated[int, typer.Option(help="Without --model.")] = SHAPE.hidden_size,
     layers: Annotated[int, typer.Option(help="Without --model.")] = SHAPE.layers,

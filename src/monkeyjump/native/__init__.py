@@ -10,12 +10,12 @@ threads of torch, which is imported first: no second pool of threads fights with
 
 from monkeyjump.native.kernels import (
     center_sums,
-    cosines,
     draw_bits,
     is_there,
     is_traced,
     low_rank_backward,
     low_rank_forward,
+    route,
     scale_backward,
     scale_forward,
     serves,
@@ -24,12 +24,12 @@ from monkeyjump.native.kernels import (
 
 __all__ = [
     "center_sums",
-    "cosines",
     "draw_bits",
     "is_there",
     "is_traced",
     "low_rank_backward",
     "low_rank_forward",
+    "route",
     "scale_backward",
     "scale_forward",
     "serves",

@@ -31,7 +31,12 @@ def serves(*wide: Tensor | None) -> bool:
     Args:
         wide: their last dimension is the one that is passed over; None is no tensor.
     """
-    return is_there() and all(t is None or (_is_plain(t) and t.shape[-1] % LANES == 0) for t in wide)
+    if not is_there():
+        return False
+    for t in wide:  # noqa: SIM110  all() is slower, and this stands in the way of every token that is decoded
+        if t is not None and (t.shape[-1] % LANES or not _is_plain(t)):
+            return False
+    return True
 
 
 def serves_update(a: Tensor, b: Tensor, *wide: Tensor | None) -> bool:
@@ -124,16 +129,25 @@ def draw_bits(seed: int, keep: int, words: int) -> Tensor:
     return bits
 
 
-def cosines(h: Tensor, centers: Tensor) -> Tensor:
-    """Cosine `[N, C]` of every row of `h` `[N, d]` with every row of `centers` `[C, d]`.
+def route(
+    h: Tensor, centers: Tensor, experts: int, temperature: float, k: int, total: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gates float32 and chosen bool `[N, E]`, logits `[N, C]`, for states `h` `[N, d]` and `centers` `[C, d]`.
+
+    Args:
+        experts: E; adapter e takes center e mod C.
+        k: how many are chosen.
+        total: what the gates of the chosen sum to; 0: their share of the softmax over all.
 
     Raises:
         MemoryError: no room for the norms of the centers.
     """
     (rows, width), count = h.shape, centers.shape[0]
-    out = h.new_empty(rows, count)
-    _check(_lib().mj_cosines(_at(h), _at(centers), rows, width, count, _threads(rows * width), _at(out)))
-    return out
+    logits, gates = h.new_empty(rows, count), h.new_empty(rows, experts)
+    chosen = torch.empty(rows, experts, dtype=torch.bool)
+    sizes = (rows, width, count, experts, k, temperature, total, _threads(rows * width))
+    _check(_lib().mj_route(_at(h), _at(centers), *sizes, _at(logits), _at(gates), _at(chosen)))
+    return gates, chosen, logits
 
 
 def center_sums(h: Tensor, assigned: Tensor, unit: bool) -> tuple[Tensor, Tensor]:

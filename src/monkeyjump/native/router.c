@@ -32,25 +32,64 @@ INLINE void cosine_step(const float *h, const float *centers, const float *over,
     }
 }
 
-CLONED static void cosine_rows(const float *h, const float *centers, const float *over, int64_t width, int64_t count,
-                               int64_t n, int64_t last, float *out) {
-    for (; n + BLOCK <= last; n += BLOCK)
-        cosine_step(h + n * width, centers, over, width, count, BLOCK, out + n * count);
-    for (; n < last; n++) cosine_step(h + n * width, centers, over, width, count, 1, out + n * count);
+typedef struct {
+    const float *centers, *over; /* [C, d], one over their norms [C] */
+    int64_t width, count, experts, k;
+    float temperature, total; /* what the gates of the chosen sum to; 0: their share of the softmax */
+} Rule;
+
+/* Gates and choice of one row from its logits [C]; adapter e takes center e mod C. Of equals the lower one is chosen. */
+INLINE void choose(const Rule *rule, const float *logits, float *gates, uint8_t *chosen) {
+    float top = -INFINITY, all = 0, kept = 0;
+    for (int64_t e = 0; e < rule->experts; e++) {
+        gates[e] = logits[e % rule->count];
+        top = fmaxf(top, gates[e]);
+    }
+    for (int64_t e = 0; e < rule->experts; e++) {
+        int64_t before = 0;
+        for (int64_t other = 0; other < rule->experts; other++)
+            before += other < e ? !(gates[other] < gates[e]) : gates[other] > gates[e];
+        chosen[e] = before < rule->k;
+    }
+    for (int64_t e = 0; e < rule->experts; e++) {
+        const float p = expf(gates[e] - top);
+        all += p;
+        gates[e] = chosen[e] ? p : 0;
+        kept += gates[e];
+    }
+    const float factor = rule->total ? rule->total / kept : 1 / all;
+    for (int64_t e = 0; e < rule->experts; e++) gates[e] *= factor;
 }
 
-/* out[n, c] = cosine of h[n] and centers[c], for h [N, d] and centers [C, d], d a multiple of eight; a norm below 1e-12
-   counts as that. Returns 0, or 1 where there is no memory for the norms of the centers. */
-int mj_cosines(const float *h, const float *centers, int64_t rows, int64_t width, int64_t count, int threads,
-               float *out) {
+CLONED static void route_rows(const Rule *rule, const float *h, int64_t n, int64_t last, float *logits, float *gates,
+                              uint8_t *chosen) {
+    while (n < last) {
+        const int rows = n + BLOCK <= last ? BLOCK : 1;
+        float *own = logits + n * rule->count;
+        if (rows == BLOCK)
+            cosine_step(h + n * rule->width, rule->centers, rule->over, rule->width, rule->count, BLOCK, own);
+        else
+            cosine_step(h + n * rule->width, rule->centers, rule->over, rule->width, rule->count, 1, own);
+        for (int64_t i = 0; i < rows * rule->count; i++) own[i] /= rule->temperature;
+        for (int row = 0; row < rows; row++, n++)
+            choose(rule, logits + n * rule->count, gates + n * rule->experts, chosen + n * rule->experts);
+    }
+}
+
+/* For h [N, d] and centers [C, d], d a multiple of eight: logits [N, C], the cosine of every row and center over the
+   temperature (a norm below 1e-12 counts as that); gates [N, E] and chosen [N, E]. Returns 0, or 1 where there is no
+   memory for the norms of the centers. */
+int mj_route(const float *h, const float *centers, int64_t rows, int64_t width, int64_t count, int64_t experts,
+             int64_t k, float temperature, float total, int threads, float *logits, float *gates, uint8_t *chosen) {
     float *over = malloc(sizeof *over * (size_t)count);
     if (!over) return 1;
     for (int64_t c = 0; c < count; c++) over[c] = over_norm(centers + c * width, width);
+    const Rule rule = {centers, over, width, count, experts, k, temperature, total};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         int64_t first, last;
         own_rows(rows, &first, &last);
-        cosine_rows(h, centers, over, width, count, first, last, out);
+        route_rows(&rule, h, first, last, logits, gates, chosen);
     }
     free(over);
     return 0;

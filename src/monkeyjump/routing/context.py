@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from monkeyjump.routing.checks import refuse_rows
 from monkeyjump.routing.pooling import Granularity, end_of_length, prompt_end
 
 OURS = {"mj_prompt_lengths": "prompt_lengths", "task_ids": "task_ids", "mj_task_ids": "task_ids"}
+TEXT_KEYWORDS = ("input_ids", "inputs_embeds")
 CACHE_KEYWORDS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
 
@@ -36,6 +38,9 @@ class Frame:
         packed: whether the caller passed sequence boundaries of a padding-free batch.
         offset: tokens already in the cache.
         prompt_columns: how many columns of the batch are prompt, while generating.
+        decoder_columns: the same of a decoder beside an encoder, as wide as its first call.
+        takes_text: whether the call was given tokens or their embeddings (a vision tower is not).
+        reads_encoder: whether it was given an encoder's output.
         has_decoder_labels: whether labels, if there are any, are for another sequence than the block's.
         grad: whether the call wants gradients; inside a reentrant checkpoint torch itself says no.
     """
@@ -49,6 +54,9 @@ class Frame:
     packed: bool = False
     offset: int = 0
     prompt_columns: int | None = None
+    decoder_columns: int | None = None
+    takes_text: bool = False
+    reads_encoder: bool = False
     has_decoder_labels: bool = False
     grad: bool | None = None
     prompt_end: Tensor | None = None  # from the labels, computed once for all blocks
@@ -87,6 +95,8 @@ class ForwardContext:
         frame.mask = given.get("attention_mask")
         frame.position_ids = given.get("position_ids")
         frame.packed = given.get("cu_seq_lens_q") is not None
+        frame.takes_text = any(given.get(name) is not None for name in TEXT_KEYWORDS)
+        frame.reads_encoder = given.get("encoder_hidden_states") is not None
         frame.has_decoder_labels = _is_encoder_decoder(module)
         if not frame.has_decoder_labels:
             frame.labels = given.get("labels")
@@ -160,19 +170,42 @@ class ForwardContext:
             frame.prompt_end = prompt_end(frame.labels, attended)
         return frame.prompt_end
 
-    def is_packed(self, attended: Tensor | None) -> bool:
-        """Whether rows hold several sequences: boundaries given, or positions that restart."""
+    def prompt_columns(self, length: int) -> int | None:
+        """How many of a block's columns are prompt, while generating; None where that is not known.
+
+        Args:
+            length: T of the hidden states that enter the block.
+        """
+        frame = next((f for f in reversed(self.frames) if f.prompt_columns is not None), None)
+        if frame is None or not self.frames[-1].takes_text:
+            return None
+        if not self.frames[-1].reads_encoder:
+            return frame.prompt_columns
+        if frame.decoder_columns is None:  # generation begins
+            frame.decoder_columns = length
+        return frame.decoder_columns
+
+    def refuse_packed(self, granularity: Granularity, attended: Tensor | None) -> None:
+        """Rows must hold one sequence each: no boundaries given, and no positions that restart.
+
+        Raises:
+            ValueError: they hold several.
+        """
+        packed = (
+            f"granularity={granularity!r} takes one sequence per row, but these rows are packed (their positions "
+            "restart); unpack them, or use granularity='token'"
+        )
         if any(frame.packed for frame in self.frames):
-            return True
+            raise ValueError(packed)
         positions = self.first("position_ids")
         if positions is None or positions.dim() != 2 or positions.shape[1] < 2:
-            return False
+            return
         restarts = positions.diff(dim=1) <= 0
         if attended is not None and attended.shape == positions.shape:
             restarts = restarts & attended[:, 1:] & attended[:, :-1]  # padding repeats positions
         elif attended is not None:
-            return False
-        return bool(restarts.any())
+            return
+        refuse_rows(restarts.any(-1), packed)
 
 
 def as_attended(mask: Any, batch: int, length: int, offset: int) -> Tensor | None:

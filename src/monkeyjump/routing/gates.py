@@ -19,6 +19,45 @@ Similarity = Literal["cosine", "dot", "euclidean", "l1"]
 GateNorm = Literal["none", "one", "k"]
 
 
+def route(
+    states: Tensor,
+    centers: Tensor,
+    experts: int,
+    similarity: Similarity,
+    temperature: float,
+    k: int,
+    gate_norm: GateNorm,
+    jitter: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The routing decision for each state.
+
+    Args:
+        states: `[..., d]`, without gradient.
+        centers: `[C, d]` float32.
+        experts: E; adapter e takes center e mod C.
+        similarity: as in `similarity_logits`.
+        temperature: tau, by which similarities are divided.
+        k, gate_norm: as in `gates_from_logits`.
+        jitter: j; logits are multiplied by a factor uniform in [1 - j, 1 + j].
+
+    Returns:
+        gates float32 `[..., E]`, chosen bool `[..., E]`, logits float32 `[..., C]`.
+    """
+    if similarity == "cosine" and not jitter and not centers.requires_grad:
+        flat = states.reshape(-1, states.shape[-1]).float()
+        if native.serves(flat, centers):
+            total = {"none": 0, "one": 1, "k": min(k, experts)}[gate_norm]
+            found = native.route(flat, centers, experts, temperature, k, total)
+            return tuple(t.view(*states.shape[:-1], t.shape[-1]) for t in found)  # type: ignore[return-value]
+    logits = similarity_logits(states, centers, similarity) / temperature
+    if jitter:
+        logits = logits * torch.empty_like(logits).uniform_(1 - jitter, 1 + jitter)
+    own = logits
+    if centers.shape[0] != experts:
+        own = logits[..., torch.arange(experts, device=logits.device) % centers.shape[0]]
+    return *gates_from_logits(own, k, gate_norm), logits
+
+
 def similarity_logits(states: Tensor, centers: Tensor, similarity: Similarity) -> Tensor:
     """Similarity of each state to each center, before the temperature.
 
@@ -33,7 +72,9 @@ def similarity_logits(states: Tensor, centers: Tensor, similarity: Similarity) -
     """
     flat, centers = states.reshape(-1, states.shape[-1]).float(), centers.float()
     if similarity == "cosine":
-        logits = _cosines(flat, centers)
+        # dividing the product by the norms leaves no normalized copy of the states behind
+        norms = torch.linalg.vector_norm(flat, dim=-1, keepdim=True).clamp_min(1e-12)
+        logits = flat @ F.normalize(centers, dim=-1).T / norms
     elif similarity == "dot":
         logits = flat @ centers.T
     elif similarity == "euclidean":
@@ -42,15 +83,6 @@ def similarity_logits(states: Tensor, centers: Tensor, similarity: Similarity) -
     else:
         logits = -torch.cdist(flat, centers, p=1.0)
     return logits.view(*states.shape[:-1], centers.shape[0])
-
-
-def _cosines(states: Tensor, centers: Tensor) -> Tensor:
-    """Cosine `[N, E]` of states `[N, d]` and centers `[E, d]`."""
-    if native.serves(states, centers) and not centers.requires_grad:
-        return native.cosines(states, centers)
-    # the product over the norms: no normalized copy of the states is left behind
-    norms = torch.linalg.vector_norm(states, dim=-1, keepdim=True).clamp_min(1e-12)
-    return states @ F.normalize(centers, dim=-1).T / norms
 
 
 def top_k_mask(logits: Tensor, k: int) -> Tensor:

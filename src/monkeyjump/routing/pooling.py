@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from monkeyjump.routing.checks import refuse_rows
+
 Granularity = Literal["token", "last", "mean", "max", "prompt_end", "task"]
 IGNORED_LABEL = -100  # transformers' mark of a position without supervision
 
@@ -32,13 +34,11 @@ def prompt_end(labels: Tensor, attended: Tensor | None) -> Tensor:
         ValueError: a row has no supervised label, so its prompt has no end.
     """
     supervised = labels != IGNORED_LABEL
-    bare = (~supervised.any(-1)).nonzero().flatten().tolist()
-    if bare:
-        raise ValueError(
-            f"granularity='prompt_end': every label of row {bare[0]} of the batch is masked "
-            f"({IGNORED_LABEL}), so the end of its prompt is unknown; drop such rows, or pass "
-            "mj_prompt_lengths [B]"
-        )
+    refuse_rows(
+        ~supervised.any(-1),
+        "granularity='prompt_end': every label of row {row} of the batch is masked "
+        f"({IGNORED_LABEL}), so the end of its prompt is unknown; drop such rows, or pass mj_prompt_lengths [B]",
+    )
     end = supervised.long().argmax(-1) - 1
     start = torch.zeros_like(end) if attended is None else attended.long().argmax(-1).to(end.device)
     return torch.maximum(end, start)
@@ -58,11 +58,15 @@ def end_of_length(prompt_lengths: Tensor, attended: Tensor | None, batch: int, l
     most = torch.full((batch,), length, device=lengths.device)
     if attended is not None:
         most = attended.sum(-1).to(lengths.device)
-    if len(lengths) != batch or bool(((lengths < 1) | (lengths > most)).any()):
-        raise ValueError(
-            f"mj_prompt_lengths={lengths.tolist()} does not fit a batch whose {batch} rows have {most.tolist()} "
-            "attended tokens; give the number of prompt tokens of every row, padding not counted"
-        )
+    if len(lengths) != batch:
+        raise ValueError(f"mj_prompt_lengths has {len(lengths)} values for a batch of {batch} rows; pass one per row")
+    refuse_rows(
+        (lengths < 1) | (lengths > most),
+        "mj_prompt_lengths holds {length} for row {row}, which has {most} attended tokens; give the number of prompt "
+        "tokens of every row, padding not counted",
+        length=lengths,
+        most=most,
+    )
     if attended is None:
         return lengths - 1
     reached = attended.long().cumsum(-1) >= lengths.to(attended.device)[:, None]

@@ -11,6 +11,7 @@ before one backward, and also when the centers have moved in between.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -133,6 +134,8 @@ def remove_router(block: nn.Module) -> None:
 
 
 def _rebind(block: nn.Module) -> None:
-    # accelerate's hooks keep the forward that they found, bound to the former class
+    # accelerate's hooks keep the forward that they found, bound to the former class, and leave it when they go
     if "_old_forward" in block.__dict__:
         block._old_forward = type(block).forward.__get__(block)
+    elif inspect.ismethod(block.__dict__.get("forward")):
+        del block.forward

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.adalora import AdaLoraModel
+from peft.tuners.adalora import AdaLoraLayer, AdaLoraModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -219,6 +219,8 @@ class CenterUpdate(TrainerCallback):
         """Make ready to count steps; returns what must be the same on every rank, by name."""
         self._claim(routers(model))
         self._adalora = next((m for m in model.modules() if isinstance(m, AdaLoraModel)), None)
+        if self._adalora is None and any(isinstance(m, AdaLoraLayer) for m in model.modules()):
+            logger.warning("AdaLoRA's rank schedule needs the model that get_peft_model returns; no rank will move")
         if isinstance(self.until, float):
             if total_steps is None:
                 raise ValueError(f"until={self.until} is a share of all steps: pass total_steps= to attach as well")

@@ -19,16 +19,21 @@ from monkeyjump.native import is_traced
 from monkeyjump.ops import DropoutMask, gated_delta, gated_linear
 from monkeyjump.tuner.gates import CANNOT_MERGE, AppliesGate, RoutedLora, gate_of
 
+PLAIN = (nn.Linear, Conv1D)  # layers whose forward is one product
+
 
 class FusedLoraLinear(LoraLinear):
     """PEFT's LoRA layer; one routed, shared or plain adapter takes the fused update."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter = _sole_adapter(self, args, kwargs)
-        if adapter is None or not _has_plain_update(self, adapter):
+        if adapter is None or not isinstance(self.lora_variant.get(adapter), (RoutedLora, type(None))):
             return super().forward(x, *args, **kwargs)
-        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        return _fused(self, adapter, x, a, b, self.scaling[adapter])
+        a, b = self.lora_A[adapter], self.lora_B[adapter]
+        # a shard, or an offloaded weight, comes with its module's own call
+        if _is_hooked(a) or _is_hooked(b) or b.bias is not None:
+            return super().forward(x, *args, **kwargs)
+        return _fused(self, adapter, x, a.weight, b.weight, self.scaling[adapter])
 
 
 class FusedSVDLinear(SVDLinear, AppliesGate):
@@ -67,14 +72,8 @@ def _sole_adapter(layer: Any, args: tuple, kwargs: dict) -> str | None:
     """The one adapter that acts, or None where the fused operations do not serve."""
     if args or kwargs or layer.disable_adapters or layer.merged or is_traced():
         return None
-    active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+    active = [adapter for adapter in layer.active_adapters if adapter in layer.r]
     return active[0] if len(active) == 1 else None
-
-
-def _has_plain_update(layer: Any, adapter: str) -> bool:
-    a, b = layer.lora_A[adapter], layer.lora_B[adapter]
-    plain = isinstance(layer.lora_variant.get(adapter), (RoutedLora, type(None))) and b.bias is None
-    return plain and not _is_hooked(a) and not _is_hooked(b)  # a shard is gathered by its module's own call
 
 
 def _fused(layer: Any, adapter: str, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -85,11 +84,11 @@ def _fused(layer: Any, adapter: str, x: Tensor, a: Tensor, b: Tensor, scale: flo
     if m is not None and m.requires_grad:  # a trainable router: the gate's own gradient is left to autograd
         y = base(x)
         return y + gated_delta(x.to(y.dtype), a, b, None, scale, dropout) * m.to(y.dtype)
-    if not _is_plain(base, x):
+    weight, bias = (None, None) if type(base) not in PLAIN or _is_hooked(base) else (base.weight, base.bias)
+    if weight is None or not _is_frozen_like(weight, bias, x):
         y = base(x)
         return y + gated_delta(x.to(y.dtype), a, b, m, scale, dropout)
-    weight = base.weight.T if isinstance(base, Conv1D) else base.weight
-    return gated_linear(x, weight, base.bias, a, b, m, scale, dropout)
+    return gated_linear(x, weight.T if type(base) is Conv1D else weight, bias, a, b, m, scale, dropout)
 
 
 def _dropout(layer: Any, adapter: str, x: Tensor) -> DropoutMask | None:
@@ -101,13 +100,10 @@ def _dropout(layer: Any, adapter: str, x: Tensor) -> DropoutMask | None:
     return DropoutMask.draw(x, module.p) if box is None else box.dropout_mask(x, module.p)
 
 
-def _is_plain(base: Any, x: Tensor) -> bool:
-    """Whether `base(x)` is one product with a frozen weight and nothing beside it."""
-    if type(base) not in (nn.Linear, Conv1D) or _is_hooked(base):
-        return False
-    weight, bias = base.weight, base.bias
+def _is_frozen_like(weight: Tensor, bias: Tensor | None, x: Tensor) -> bool:
+    """Whether a layer's weight is nothing but numbers in the dtype and place of `x`, and not trained itself."""
     if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
-        return False  # quantized, sharded, or trained itself
+        return False  # quantized, sharded, or trained
     same = weight.dtype == x.dtype and weight.device == x.device
     return same and not torch.is_autocast_enabled(x.device.type)
 

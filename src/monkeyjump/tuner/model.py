@@ -76,6 +76,8 @@ class RoutedTuner(_Tuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, then route what was injected."""
+        given = self.peft_config[adapter_name]
+        twin = next((name for name, its in self.peft_config.items() if its is given and name != adapter_name), None)
         # what is filled in here (default targets, say) must not show up in the caller's config
         self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -92,6 +94,9 @@ class RoutedTuner(_Tuner):
             fuse(layer)
         for plan in plan_blocks(model, config, layers):
             self._route_block(model, adapter_name, config, plan, layers)
+        if twin is not None:  # made from another adapter's own config: its copy, as TRL's reference for DPO
+            for router in routers(model):
+                router.copy_centers(twin, adapter_name)
         announce(model, [r for r in routers(model) if adapter_name in r.slots], adapter_name, config)
 
     def _route_block(
@@ -229,7 +234,8 @@ def routing_inputs(model: nn.Module, **given: Any) -> AbstractContextManager[Non
 
     Args:
         model: the routed model.
-        given: `task_ids` `[B]`, `prompt_lengths` `[B]`, `labels` `[B, T]`.
+        given: `task_ids` `[B]`, `prompt_lengths` `[B]`, `labels` `[B, T]`; `prompt_columns`, the width of a
+            batch of prompts, where code other than `PeftModel.generate` generates without a cache.
     """
     return routers(model)[0].context.inputs(**given)
 

@@ -18,9 +18,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from monkeyjump.config import MonkeyJumpConfig
+from monkeyjump.routing.checks import refuse_rows
 from monkeyjump.routing.context import CACHE_KEYWORDS, ForwardContext
 from monkeyjump.routing.ema import CenterStatistics
-from monkeyjump.routing.gates import gates_from_logits, similarity_logits, top_k_mask
+from monkeyjump.routing.gates import route, top_k_mask
 from monkeyjump.routing.pooling import pool
 from monkeyjump.tuner.gates import GateBox
 from monkeyjump.tuner.targets import matches
@@ -98,6 +99,12 @@ class Router(nn.Module, BaseTunerLayer):
         self.centers[adapter].copy_(centers)
         self.ready[adapter] = True
 
+    def copy_centers(self, source: str, adapter: str) -> None:
+        """Start an adapter with another one's centers, if it has any."""
+        if source in self.centers and adapter in self.centers:
+            self.centers[adapter].copy_(self.centers[source])
+            self.ready[adapter] = self.ready[source]
+
     # ------------------------------------------------------------------ routing
 
     def route(self, hidden: Tensor, block_kwargs: dict[str, Any]) -> dict[str, Tensor] | None:
@@ -137,16 +144,17 @@ class Router(nn.Module, BaseTunerLayer):
         decided = None if cache is None else cache.__dict__.setdefault(DECISIONS, {})
         key = (self.name, adapter)
         if decided is not None and key in decided and not fresh:
-            return _continued(decided[key], hidden)
+            gates, prompt = decided[key]
+            return _continued(gates, hidden, prompt, self.context.prompt_columns(hidden.shape[1]))
         gates = self._sequence_gates(adapter, config, hidden, learning)
         if decided is not None:
-            decided[key] = gates
+            decided[key] = gates, hidden.shape[1]
         return gates
 
     def _sequence_gates(self, adapter: str, config: MonkeyJumpConfig, hidden: Tensor, learning: bool) -> Tensor:
         """Gates `[B, 1, E]` decided on the whole sequence, or on its prompt where that is known."""
-        columns = self.context.first("prompt_columns")
         batch, length, _ = hidden.shape
+        columns = self.context.prompt_columns(length)
         attended = self.context.attended(batch, length, hidden.device)
         self._check_whole_prompt(config, attended)
         if columns is not None and columns < length:  # generating without a cache: decide as on the prompt alone
@@ -170,15 +178,19 @@ class Router(nn.Module, BaseTunerLayer):
         grad = self.context.first("grad")  # a block inside a checkpointed stage (Swin) runs without
         grad = torch.is_grad_enabled() if grad is None else grad
         gathers = self.gathering.get(adapter, False) and self.training and grad
-        gathers = gathers and torch._C._current_graph_task_id() == -1
+        # (compiled code has no such question: what it recomputes, it recomputes without this call)
+        gathers = gathers and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1)
         with torch.set_grad_enabled(learned and torch.is_grad_enabled()), _float32_region(states):
             states = states.detach()
-            logits = similarity_logits(states, centers, config.similarity) / config.temperature
-            if self.training and config.jitter_noise:
-                low, high = 1 - config.jitter_noise, 1 + config.jitter_noise
-                logits = logits * torch.empty_like(logits).uniform_(low, high)
-            gates, chosen = gates_from_logits(
-                _per_slot(logits, len(self.slots[adapter])), config.top_k, config.gate_norm
+            gates, chosen, logits = route(
+                states,
+                centers,
+                len(self.slots[adapter]),
+                config.similarity,
+                config.temperature,
+                config.top_k,
+                config.gate_norm,
+                config.jitter_noise if self.training else 0.0,
             )
             if gathers or self.observers:
                 attended = counted
@@ -204,31 +216,35 @@ class Router(nn.Module, BaseTunerLayer):
 
     def _task_gates(self, adapter: str, hidden: Tensor) -> Tensor:
         ids = self.context.first("task_ids")
-        ids = ids.tolist() if torch.is_tensor(ids) else ids
         if ids is None:
             raise ValueError(
                 "granularity='task' needs task_ids [B] with every batch: pass task_ids=..., or wrap generate in "
                 "routing_inputs(model, task_ids=...); under Trainer set remove_unused_columns=False"
             )
+        ids = torch.as_tensor(ids, device=hidden.device).flatten()
+        if not len(ids) or hidden.shape[0] % len(ids):
+            raise ValueError(f"task_ids holds {len(ids)} ids for a batch of {hidden.shape[0]} rows; pass one per row")
         slots, experts = self.slots[adapter], self.configs[adapter].task_experts
-        rows = []
-        for task in ids:
-            if experts is None:
-                on = [task % len(slots)]
-            elif task in experts:
-                on = [i for i, slot in enumerate(slots) if matches(slot, experts[task])]
-            else:
-                raise ValueError(f"task_ids holds {task}, which task_experts does not map: it has {sorted(experts)}")
-            rows.append([float(i in on) for i in range(len(slots))])
-        gates = torch.tensor(rows, device=hidden.device).unsqueeze(1)  # [B, 1, E]
-        if hidden.shape[0] % len(rows):
-            raise ValueError(f"task_ids holds {len(rows)} ids for a batch of {hidden.shape[0]} rows; pass one per row")
-        return gates.repeat_interleave(hidden.shape[0] // len(rows), 0)  # beams of a row stand together
+        if experts is None:
+            gates = F.one_hot(ids % len(slots), len(slots)).float()
+        else:
+            is_task = ids.unsqueeze(1) == torch.tensor(list(experts), device=ids.device)  # [B, tasks]
+            refuse_rows(
+                ~is_task.any(1),
+                f"task_ids holds {{task}}, which task_experts does not map: it has {sorted(experts)}",
+                task=ids,
+            )
+            acts = [[float(matches(slot, names)) for slot in slots] for names in experts.values()]
+            gates = is_task.float() @ torch.tensor(acts, device=ids.device)
+        return gates.unsqueeze(1).repeat_interleave(hidden.shape[0] // len(ids), 0)  # beams of a row stand together
 
     # ------------------------------------------------------------------ checks
 
     def _check_ready(self, adapter: str, config: MonkeyJumpConfig) -> None:
         if self.ready[adapter] or self._disable_adapters:
+            return
+        if not torch.compiler.is_compiling() and bool(self.centers[adapter].any()):  # set tensor by tensor
+            self.ready[adapter] = True
             return
         remedy = "call initialize_centers(model, data) first, or set center_init='random'"
         if self.training and torch.is_grad_enabled():
@@ -246,11 +262,7 @@ class Router(nn.Module, BaseTunerLayer):
                 f"granularity={config.granularity!r} decides on the prompt, but the cache already holds "
                 f"{frames[-1].offset} tokens without a decision; start with an empty cache, or use granularity='token'"
             )
-        if self.context.is_packed(attended):
-            raise ValueError(
-                f"granularity={config.granularity!r} takes one sequence per row, but these rows are packed "
-                "(their positions restart); unpack them, or use granularity='token'"
-            )
+        self.context.refuse_packed(config.granularity, attended)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: a copy is in nobody's training and watched by nobody."""
@@ -287,22 +299,21 @@ def _note_loaded_centers(router: Router, incompatible: Any) -> None:
             router.ready[adapter] = bool(centers.any())
 
 
-def _continued(gates: Tensor, hidden: Tensor) -> Tensor:
-    """The prompt's decision for the tokens that follow it."""
+def _continued(gates: Tensor, hidden: Tensor, prompt: int, columns: int | None) -> Tensor:
+    """The prompt's decision for the tokens that follow it.
+
+    Args:
+        prompt: how many tokens it was taken on.
+        columns: how many the prompt has, where that is known.
+    """
     batch, length, _ = hidden.shape
-    if gates.shape[0] != batch or length > 1:
+    if gates.shape[0] != batch or length > 1 or (columns is not None and prompt < columns):
         raise ValueError(
-            f"the cache holds a routing decision for {gates.shape[0]} rows, but {length} more tokens of {batch} rows "
-            "came: whole sequences are routed on their prompt, in one piece; use granularity='token' for prefill in "
-            "chunks and for assisted decoding"
+            f"the cache holds a routing decision on {prompt} tokens of {gates.shape[0]} rows, but {length} more of "
+            f"{batch} rows came: whole sequences are routed on their prompt, in one piece; use granularity='token' for "
+            "prefill in chunks, prompts that begin in a cache and assisted decoding"
         )
     return gates
-
-
-def _per_slot(logits: Tensor, slots: int) -> Tensor:
-    """`[..., E]` of `[..., C]`: adapter e takes center e mod C."""
-    centers = logits.shape[-1]
-    return logits if centers == slots else logits[..., torch.arange(slots, device=logits.device) % centers]
 
 
 def _per_center(chosen: Tensor, centers: int) -> Tensor:

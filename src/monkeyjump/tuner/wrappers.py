@@ -1,8 +1,10 @@
-"""What PEFT's model wrappers have to hand on to routed adapters, and do not.
+"""What other libraries have to hand on to routed adapters, and do not; mended for routed adapters only.
 
-Their `forward` takes `task_ids` for Poly and drops it for every other method before any tuner sees it.
-Their `generate` refuses keywords that the base model does not know, and without a cache nobody tells
-the blocks where the prompt ended. Each wrapper class gets both mended, for routed adapters only.
+* The `forward` of PEFT's model wrappers takes `task_ids` for Poly and drops it for every other method.
+* Their `generate` refuses keywords that the base model does not know, and without a cache nobody tells
+  the blocks where the prompt ended.
+* The `load_adapter` of transformers' own models knows an adapter's tensors by its method's prefix, and
+  would leave the centers in the file.
 """
 
 from __future__ import annotations
@@ -12,14 +14,19 @@ from typing import Any
 
 from peft import PeftModel
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.utils import transformers_weight_conversion
 from torch import Tensor
+from transformers.core_model_loading import WeightRenaming
 
 from monkeyjump.config import MonkeyJumpConfig
+from monkeyjump.tuner.block import ROUTER
 from monkeyjump.tuner.model import routing_inputs
 
 
 def extend_wrappers() -> None:
-    """Mend `forward` and `generate` of every wrapper class of PEFT."""
+    """Mend `forward` and `generate` of every wrapper class of PEFT, and the names of what transformers loads."""
+    names = transformers_weight_conversion
+    names.build_peft_weight_mapping = _with_centers(names.build_peft_weight_mapping)
     for wrapper in set(MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()):
         wrapper.forward = _with_task_ids(wrapper.forward)
     for wrapper in {PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()}:
@@ -57,8 +64,21 @@ def _with_prompt(generate: Any) -> Any:
     return generate_with_prompt
 
 
+def _with_centers(build: Any) -> Any:
+    @functools.wraps(build)
+    def build_with_centers(conversions: Any, adapter_name: str, peft_config: Any = None) -> list[Any]:
+        built = build(conversions, adapter_name, peft_config=peft_config)
+        if isinstance(peft_config, MonkeyJumpConfig):
+            built.append(WeightRenaming(rf"({ROUTER}\.(?:learned_)?centers)$", rf"\1.{adapter_name}"))
+        return built
+
+    return build_with_centers
+
+
 def _columns(args: tuple, kwargs: dict[str, Any]) -> int | None:
-    """Width of the prompts, padding included: what is generated stands to the right of it."""
+    """Width of text prompts, padding included: what is generated stands to the right of it."""
     named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
     prompt = next((p for p in (*args[:1], *named) if p is not None), None)
-    return None if prompt is None else int(prompt.shape[1])
+    if prompt is None or (prompt.dim() != 2 and prompt is not kwargs.get("inputs_embeds")):
+        return None
+    return int(prompt.shape[1])

@@ -7,6 +7,8 @@ from typing import Any
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
+from monkeyjump.tuner.fused import fuse
+
 
 class LoraFAModel(LoraModel):
     """`LoraModel` in which only B is trained."""
@@ -16,6 +18,7 @@ class LoraFAModel(LoraModel):
         target_name, parent = args[1], args[2]
         layer = getattr(parent, target_name)
         _freeze_a(layer, adapter_name)
+        fuse(layer)  # PEFT's own layer keeps its input for the dropout, which LoRA-FA is there to avoid
 
 
 def _freeze_a(layer: nn.Module, adapter: str) -> None:

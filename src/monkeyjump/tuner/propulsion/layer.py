@@ -91,6 +91,11 @@ class PropulsionLayer(nn.Module, BaseTunerLayer, AppliesGate):
 
     def _scale_base(self, factor: Tensor, safe_merge: bool) -> None:
         base = self.get_base_layer()
+        if not base.weight.is_floating_point():
+            raise ValueError(
+                f"the base layer keeps its weight as {base.weight.dtype}, which cannot be scaled; keep the adapter, or "
+                "merge it into the model before it is quantized"
+            )
         outputs_last = isinstance(base, Conv1D)
         weight = base.weight.data * (factor if outputs_last else factor[:, None]).to(base.weight.dtype)
         if safe_merge and not torch.isfinite(weight).all():
