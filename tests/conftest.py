@@ -1,6 +1,9 @@
-"""Settings that every test shares: one thread per worker, no Hub, quiet libraries."""
+"""Settings that every test shares: one thread per worker, no Hub, quiet libraries, caches of their own."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -17,6 +20,11 @@ from proofs import (  # noqa: F401  pytest finds hooks by name
 )
 
 torch.set_num_threads(1)
+
+CACHES = tempfile.mkdtemp(prefix="monkeyjump-tests-")
+atexit.register(shutil.rmtree, CACHES, ignore_errors=True)
+os.environ["MONKEYJUMP_HOME"] = os.path.join(CACHES, "home")
+os.environ["HF_DATASETS_CACHE"] = os.path.join(CACHES, "datasets")  # read when datasets is first imported
 
 # Warnings are errors; each of these is another library's, about something that is not ours to change.
 EXEMPT = (

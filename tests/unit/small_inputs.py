@@ -77,7 +77,7 @@ def write_task(folder: Path, name: str = "films", data: list[dict[str, object]] 
         "columns: {text: sentence, label: mark}\n"
         'instruction: "Review : {text} is this positive or negative ?"\n'
         "choices: [positive, negative]\n"
-        "sizes: {small: {train: 16, test: 8}}\n" + more,
+        "balanced: true\nsizes: {small: {train: 16, test: 8}}\n" + more,
         encoding="utf-8",
     )
     return path

@@ -9,24 +9,32 @@ import random
 import pytest
 import torch
 from rich.console import Console
-from small_inputs import model, tokenizer
+from small_inputs import model, rows, tokenizer, write_task
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
 from monkeyjump import record_routing
 from monkeyjump.evaluation import (
+    Question,
+    Questions,
     accuracy,
     accuracy_table,
+    answer,
     choice_scores,
-    evaluate,
+    generate_answers,
     paired_difference,
     routing_table,
     spread,
 )
-from monkeyjump.tasks import Collator, TestSet
+from monkeyjump.tasks import Collator, Prompts, load_task, read_task
 from tiny import routed
 
 COLLATOR = Collator.of(tokenizer())
 PROMPTS = [[3, 4, 5], [6, 7, 8, 9, 10, 11], [12], [5, 4, 3, 9], [20, 21, 22]]
+
+
+def asked(prompts: list[list[int]], *choices: list[list[int]]) -> list[Question]:
+    """One question a prompt; with several lists of choices, they take turns."""
+    return [Question({"input_ids": prompt}, choices[n % len(choices)]) for n, prompt in enumerate(prompts)]
 
 
 def gpt2():
@@ -56,34 +64,81 @@ def one_by_one(net, prompt: list[int], choice: list[int]) -> float:
 )
 def test_scores_equal_the_one_by_one_computation(make, choices):
     net = make()
-    found = choice_scores(net, PROMPTS, choices, COLLATOR, batch_size=2)
+    found = torch.stack(choice_scores(net, asked(PROMPTS, choices), COLLATOR, batch_size=2))
     expected = torch.tensor([[one_by_one(net, prompt, choice) for choice in choices] for prompt in PROMPTS])
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
 def test_first_tokens_alone_count_where_they_differ():
     net = model()
-    found = choice_scores(net, PROMPTS, [[30, 31], [32]], COLLATOR)
+    found = torch.stack(choice_scores(net, asked(PROMPTS, [[30, 31], [32]]), COLLATOR))
     expected = torch.tensor([[one_by_one(net, prompt, [first]) for first in (30, 32)] for prompt in PROMPTS])
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
 def test_progress_counts_every_token_once():
     seen: list[int] = []
-    choice_scores(model(), PROMPTS, [[30], [31]], COLLATOR, batch_size=2, advance=seen.append)
+    choice_scores(model(), asked(PROMPTS, [[30], [31]]), COLLATOR, batch_size=2, advance=seen.append)
     assert len(seen) == 3
     assert sum(seen) == sum(map(len, PROMPTS))
 
 
-def test_evaluate_compares_with_the_answers_and_restores_the_mode():
+def test_rows_may_have_choices_of_their_own():
     net = model()
-    choices = [[30], [31], [32]]
-    best = choice_scores(net, PROMPTS, choices, COLLATOR).argmax(1).tolist()
-    wrong_first = [(best[0] + 1) % 3, *best[1:]]
+    own = ([[30], [31], [32]], [[40, 41], [40, 42]])
+    found = choice_scores(net, asked(PROMPTS, *own), COLLATOR, batch_size=3)
+    for number, scores in enumerate(found):
+        expected = [one_by_one(net, PROMPTS[number], choice) for choice in own[number % 2]]
+        assert scores.tolist() == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.fixture
+def films(tmp_path) -> Questions:
+    loaded = load_task(read_task(write_task(tmp_path, data=rows(40))), "small")
+    return Questions(loaded.task, loaded.test, Prompts(tokenizer()), 0)
+
+
+def test_answers_are_compared_and_the_mode_is_restored(films):
+    net = model()
     net.train()
-    tests = [TestSet("a", [], PROMPTS, choices, best), TestSet("b", [], PROMPTS, choices, wrong_first)]
-    assert evaluate(net, tests, COLLATOR) == {"a": [True] * 5, "b": [False, True, True, True, True]}
+    (found,) = answer(net, [films], COLLATOR, batch_size=3)
     assert net.training
+    net.eval()
+    for row in range(len(films)):
+        question = films[row]
+        scores = [one_by_one(net, question.inputs["input_ids"], choice) for choice in question.choices]
+        chosen = question.spoken[scores.index(max(scores))]
+        assert (found.chosen[row], found.accepted[row]) == (chosen, question.gold)
+        assert found.correct[row] == (chosen == question.gold[0])
+    assert found.written == []
+
+
+@pytest.mark.parametrize("make", [model, gpt2])
+def test_written_answers_equal_those_of_one_row_at_a_time(make):
+    """Left padding, batch mates and the order of the batches change nothing."""
+    net, words = make(), tokenizer()
+    found = generate_answers(net, asked(PROMPTS, []), words, COLLATOR, new_tokens=6, batch_size=2)
+    for prompt, text in zip(PROMPTS, found):
+        ids = list(prompt)
+        for _ in range(6):
+            with torch.no_grad():
+                ids.append(int(net(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == words.eos_token_id:
+                break
+        assert text == words.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("granularity", ["token", "prompt_end", "task"])
+def test_routed_models_are_told_prompts_and_tasks(granularity: str):
+    """Scores in a padded batch equal those of each row alone, whatever the routing decides on."""
+    net = routed(model(), granularity=granularity, target_modules=["q_proj", "k_proj", "v_proj"], shared_modules=[])
+    questions = [
+        Question({"input_ids": prompt}, [[30, 31], [30, 32]], task_id=n % 2) for n, prompt in enumerate(PROMPTS)
+    ]
+    together = choice_scores(net.eval(), questions, COLLATOR, batch_size=4)
+    alone = [choice_scores(net, [question], COLLATOR)[0] for question in questions]
+    for one, other in zip(together, alone):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
 
 
 def test_wilson_interval():
@@ -154,6 +209,6 @@ def test_spread_shows_collapse_that_averages_hide():
 def test_routing_is_recorded_over_the_attended_tokens_of_a_task():
     net = routed(model(), target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], shared_modules=["o_proj"], top_k=1)
     with record_routing(net) as record:
-        choice_scores(net, PROMPTS, [[30], [31]], COLLATOR, batch_size=2)
+        choice_scores(net, asked(PROMPTS, [[30], [31]]), COLLATOR, batch_size=2)
     assert all(count.sum().item() == sum(map(len, PROMPTS)) for count in record.counts.values())
     assert sum(spread(record.counts, record.slots).shares.values()) == pytest.approx(1.0)

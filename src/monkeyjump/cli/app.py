@@ -10,7 +10,13 @@ import typer
 
 from monkeyjump.cli.bench import bench
 from monkeyjump.cli.demo import demo
+from monkeyjump.cli.evaluate import evaluate
+from monkeyjump.cli.fields import CommandWithFields
 from monkeyjump.cli.methods import methods
+from monkeyjump.cli.plan import plan
+from monkeyjump.cli.probe import probe
+from monkeyjump.cli.tasks import tasks
+from monkeyjump.cli.train import train
 from monkeyjump.tasks.errors import InputError
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
@@ -27,6 +33,11 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(bench)
 app.command()(methods)
+app.command()(tasks)
+app.command(cls=CommandWithFields)(plan)
+app.command(cls=CommandWithFields)(train)
+app.command()(evaluate)
+app.command()(probe)
 
 
 @app.callback()
@@ -62,6 +73,10 @@ def run(arguments: list[str]) -> int:
 
 
 def _report(error: Exception) -> int:
+    from monkeyjump.training.signals import Interrupted
+
+    if isinstance(error, Interrupted):
+        return _say(str(error), "", error.exit_code)
     if isinstance(error, InputError):
         return _say(str(error), error.hint, EXIT_BAD_INPUT)
     if isinstance(error, _UsageError):

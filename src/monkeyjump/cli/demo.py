@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from monkeyjump.tasks.description import catalog
 from monkeyjump.tasks.errors import InputError
+from monkeyjump.tasks.reading import catalog
 
 
 class SizeOption(str, Enum):
@@ -28,7 +28,7 @@ def demo(
     tasks: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"A task of the catalog ({', '.join(catalog())}) or a YAML file of your own; "
+            help=f"A task of the catalog ({', '.join(catalog('demo'))}) or a YAML file of your own; "
             "repeat for several. Default: all of the catalog."
         ),
     ] = None,
@@ -66,4 +66,4 @@ def demo(
         raise InputError(f"--output: {output} is a file", hint="name a folder, which is made if need be")
     from monkeyjump.cli.demo_run import DemoOptions, run_demo  # torch and transformers take seconds; --help should not
 
-    run_demo(DemoOptions(model, tuple(tasks or catalog()), size.value, output, seed))
+    run_demo(DemoOptions(model, tuple(tasks or catalog("demo")), size.value, output, seed))

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from monkeyjump.cli.screen import Screen
-from monkeyjump.evaluation.choices import differ_at_first
-from monkeyjump.tasks import Collator, InputError, LoadedTask, Mixture, TestSet, find_task, load_task, mix
+from monkeyjump.evaluation import Questions, tokens_of
+from monkeyjump.tasks import Collator, InputError, find_task
 from monkeyjump.tasks.loading import SizeName
-from monkeyjump.tasks.models import check_model, demo_model, load_tokenizer
-from monkeyjump.training import TrainSettings
+from monkeyjump.tasks.models import check_model
+from monkeyjump.training.arguments import total_steps
+from monkeyjump.training.config import RunConfig
+from monkeyjump.training.data import RunCollator, RunData, load_tasks, prepare
+from monkeyjump.training.models import DEMO, place_of
+from monkeyjump.training.read import validate
 
 
 @dataclass(frozen=True)
@@ -28,33 +32,47 @@ class DemoOptions:
 class Inputs:
     """What all three models share."""
 
+    config: RunConfig
     base: str
-    tokenizer: Any
-    collator: Collator
-    tasks: list[LoadedTask]
-    mixture: Mixture
-    settings: TrainSettings
+    collate: RunCollator
+    data: RunData
 
     @property
     def steps(self) -> int:
-        return self.settings.steps(len(self.mixture.train))
+        return total_steps(self.config.train, len(self.data.train))
+
+    @property
+    def tests(self) -> list[Questions]:
+        return self.data.tests()
 
     @property
     def test_tokens(self) -> int:
-        return sum(test.tokens * _forwards(test) for test in self.mixture.tests)
+        return sum(map(tokens_of, self.tests))
 
 
 def gather(options: DemoOptions, screen: Screen) -> Inputs:
     """Raises InputError, before any training."""
-    descriptions = [find_task(name) for name in options.tasks]
+    for name in options.tasks:
+        find_task(name)  # a misspelt name is told before anything is fetched
+    config = validate(_run_of(options), Path(), "demo")
     _check_output(options.output)
     if options.model is not None:
         check_model(options.model)
-    tasks = [load_task(task, options.size, options.seed, screen.note) for task in descriptions]
-    base = options.model or str(demo_model(screen.note))
-    tokenizer = load_tokenizer(base)
-    settings = TrainSettings(seed=options.seed)
-    return Inputs(base, tokenizer, Collator.of(tokenizer), tasks, mix(tasks, tokenizer), settings)
+    load_tasks(config.data, screen.note)  # before a model is fetched
+    base = place_of(config.model, screen.note)
+    data = prepare(config.data, base, screen.note)
+    return Inputs(config, base, RunCollator(Collator.of(data.prompts.tokenizer)), data)
+
+
+def _run_of(options: DemoOptions) -> dict[str, Any]:
+    return {
+        "preset": "demo",
+        "model": {"path": options.model or DEMO},
+        "data": {"tasks": list(options.tasks), "size": options.size, "seed": options.seed},
+        "method": {"centers": {"seed": options.seed}},
+        "train": {"seed": options.seed},
+        "output": {"folder": str(options.output)},
+    }
 
 
 def _check_output(folder: Path) -> None:
@@ -64,8 +82,3 @@ def _check_output(folder: Path) -> None:
         raise InputError(f"--output: {folder} cannot be made: {error.strerror}") from error
     if not os.access(folder, os.W_OK):
         raise InputError(f"--output: {folder} is not writable", hint="choose another folder")
-
-
-def _forwards(test: TestSet) -> int:
-    """Passes over each prompt: one where the first tokens tell the choices apart."""
-    return 1 if differ_at_first(test.choices) else len(test.choices)

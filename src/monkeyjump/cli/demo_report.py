@@ -8,38 +8,37 @@ from dataclasses import asdict
 from monkeyjump.cli.demo_inputs import DemoOptions, Inputs
 from monkeyjump.cli.screen import Screen
 from monkeyjump.evaluation import Correct, Spread, accuracy, accuracy_table, paired_difference, routing_table
-from monkeyjump.tasks import LoadedTask, Mixture, TestSet
+from monkeyjump.tasks import LoadedTask
 from monkeyjump.tasks.cache import write_in_one_piece
 from monkeyjump.tasks.models import DEMO_MODEL
+from monkeyjump.training.data import RunData
 from monkeyjump.training.reload import Reloaded
 from monkeyjump.tuner.inspect import RoutingPlan
 
 UNTOUCHED, LORA, ROUTED = "untouched", "LoRA", "MJ-LoRA"
 
 
-def say_plan(plan: RoutingPlan, inputs: Inputs, options: DemoOptions, center_tokens: int, screen: Screen) -> None:
+def say_plan(plan: RoutingPlan, inputs: Inputs, options: DemoOptions, screen: Screen) -> None:
     frozen = plan.total_parameters - plan.trainable_parameters
     screen.say(f"Model: {options.model or DEMO_MODEL} ({frozen:,} parameters)")
-    for loaded, test in zip(inputs.tasks, inputs.mixture.tests):
-        _say_task(loaded, test, inputs.mixture, screen)
+    for loaded in inputs.data.tasks:
+        _say_task(loaded, inputs.data, screen)
     screen.say(f"Plan: {plan}")
-    settings = inputs.settings
+    train, centers = inputs.config.train, inputs.config.method.centers
     screen.say(
-        f"k-means over up to {center_tokens:,} tokens sets the centers; then {inputs.steps} steps of "
-        f"{settings.batch_size} rows from all tasks at once, learning rate {settings.learning_rate:g}, "
+        f"k-means over up to {centers.max_tokens:,} tokens sets the centers; then {inputs.steps} steps of "
+        f"{train.batch_size} rows from all tasks at once, learning rate {train.learning_rate:g}, "
         f"for plain LoRA and for MJ-LoRA alike.\n"
     )
 
 
-def _say_task(loaded: LoadedTask, test: TestSet, mixture: Mixture, screen: Screen) -> None:
+def _say_task(loaded: LoadedTask, data: RunData, screen: Screen) -> None:
     task = loaded.task
-    dropped = "; ".join(f"{count} {reason}" for reason, count in loaded.dropped.items() if count) or "none"
-    overlap = mixture.overlap[task.name]
-    also = f" ({overlap} of them left out: also a test prompt)" if overlap else ""
+    dropped = "; ".join(f"{count} {reason}" for reason, count in data.dropped(loaded).items()) or "none"
     screen.say(
-        f"Task {task.name}: {len(loaded.train)} training rows{also}, {len(test.prompts)} test rows, "
-        f"{len(task.choices)} choices; {mixture.cut[task.name]} texts cut to {task.max_text_tokens} tokens; "
-        f"dropped from the source: {dropped}"
+        f"Task {task.name}: {data.train.blend.rows[task.name]} training rows, {len(loaded.test)} test rows, "
+        f"{len(task.choices)} choices; {data.prompts.cut[task.name]} training texts cut to {task.max_text_tokens} "
+        f"tokens; dropped: {dropped}"
     )
 
 

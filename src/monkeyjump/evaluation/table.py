@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
+from monkeyjump.evaluation.comparison import Line
 from monkeyjump.evaluation.intervals import Estimate, accuracy, paired_difference
+from monkeyjump.evaluation.metrics import Score
+from monkeyjump.evaluation.results import POOLED, TaskResult
 from monkeyjump.evaluation.routing import Spread
 from monkeyjump.evaluation.scoring import Correct
-
-POOLED = "all tasks, pooled"
 
 
 def with_pooled(correct: Correct) -> Correct:
@@ -45,6 +46,46 @@ def _share(estimate: Estimate) -> str:
 def _points(estimate: Estimate) -> str:
     value, low, high = (f"{100 * x:+.1f}" for x in (estimate.value, estimate.low, estimate.high))
     return f"{value} ({low} to {high})" + ("\nnot resolved" if estimate.covers_zero else "")
+
+
+def score_table(results: Sequence[TaskResult], title: str) -> Table:
+    """One row a task: each of its metrics with its interval, and that of the written answers where there are any."""
+    table = Table(title=title, title_justify="left")
+    for name in ("task", "family", "rows", "metric", "score (95 % interval)", "of written answers"):
+        table.add_column(name, justify="right" if name == "rows" else "left")
+    for one in results:
+        for number, (metric, found) in enumerate(one.scores.items()):
+            head = (one.task, one.family, str(one.rows)) if number == 0 else ("", "", "")
+            written = one.written.get(metric)
+            table.add_row(*head, metric, _score(found), _score(written) if written else "")
+    for family, mean in family_means(results).items():
+        table.add_row(f"mean of {family}", "", "", "", f"{100 * mean:.1f}", "")
+    return table
+
+
+def family_means(results: Sequence[TaskResult]) -> dict[str, float]:
+    """Mean of the tasks' main metrics, for families of more than one task."""
+    families: dict[str, list[float]] = {}
+    for one in results:
+        families.setdefault(one.family, []).append(one.main.value)
+    return {family: sum(values) / len(values) for family, values in families.items() if len(values) > 1}
+
+
+def comparison_table(lines: Sequence[Line], first: str, second: str) -> Table:
+    """One row a task, `second` minus `first`; with several seeds each one's difference, too."""
+    seeds = max(len(line.by_seed) for line in lines)
+    table = Table(title=f"{second} minus {first}, same test rows, points (95 % interval)", title_justify="left")
+    for name in ("task", "metric", "rows", first, second, "difference", *(["by seed"] if seeds > 1 else [])):
+        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
+    for line in lines:
+        by_seed = [" ".join(f"{100 * gap:+.1f}" for gap in line.by_seed)] if seeds > 1 else []
+        numbers = (f"{100 * line.first:.1f}", f"{100 * line.second:.1f}", _points(line.difference))
+        table.add_row(line.task, line.metric, str(line.rows), *numbers, *by_seed)
+    return table
+
+
+def _score(found: Score) -> str:
+    return f"{100 * found.value:.1f} ({100 * found.low:.1f} to {100 * found.high:.1f})"
 
 
 def routing_table(spreads: Mapping[str, Spread]) -> Table:

@@ -64,8 +64,9 @@ def write_in_one_piece(path: Path, text: str) -> None:
 
 
 def write_manifest(folder: Path) -> None:
-    """Records the sha256 of every file in `folder`."""
-    sums = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+    """Records the sha256 of every file in `folder` and below it."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST]
+    sums = {str(path.relative_to(folder)): sha256_of(path) for path in files}
     (folder / MANIFEST).write_text(json.dumps(sums, indent=1), encoding="utf-8")
 
 

@@ -1,76 +1,31 @@
 """What a task is: one YAML file, checked by pydantic, no code.
 
 name: reviews
-source: {kind: files, train: reviews.jsonl}     # relative to this file; jsonl, csv, tsv or parquet
+source: {kind: files, train: reviews.jsonl}     # relative to this file; jsonl, csv, tsv, parquet or a folder
 columns: {text: sentence, label: stars}         # field of the instruction: column of the file
 instruction: "Review: {text}\\nPositive or negative?"
 choices: [positive, negative]
-labels: {positive: [4, 5], negative: [1, 2]}    # raw values of the label column; or {above: 0.5}
+labels: {positive: [4, 5], negative: [1, 2]}    # raw values of the label column; {above: 0.5}; or `index`
+
+The answer is one of `choices` (the same for every row), one of `options` (each row has its own), or free:
+`answer: text` or `answer: number`. With neither columns nor instruction, rows have the columns prompt and
+answer; with `messages: column` they are chats, whose last turn is the answer. `media` adds images or a video.
 """
 
 from __future__ import annotations
 
 import string
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import Field, field_validator, model_validator
 
-from monkeyjump.tasks.errors import InputError, near_miss
+from monkeyjump.suggest import did_you_mean
+from monkeyjump.tasks.metric_names import KNOWN
+from monkeyjump.tasks.origins import FileSource, HubSource, PackageSource, Strict
 
-Format = Literal["jsonl", "csv", "tsv", "parquet", "text"]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class PackageSource(Strict):
-    """Files inside a pinned Python package (see `packages.py`); train and test rows are drawn from them."""
-
-    kind: Literal["package"]
-    package: str
-    archive: str | None = Field(default=None, description="pattern of an archive inside the package")
-    files: str = Field(description="pattern of the member files")
-    format: Literal["tsv", "text"] = Field(description="text: one row a file, columns text and folder")
-    header: list[str] = Field(default=[], description="column names of a tsv without a header line")
-    undecodable: Literal["strict", "replace"] = Field(default="strict", description="bytes that are not UTF-8")
-
-
-class HubSource(Strict):
-    """A data set on the Hugging Face Hub."""
-
-    kind: Literal["hub"]
-    id: str
-    config: str | None = None
-    train_split: str = "train"
-    test_split: str | None = Field(default="validation", description="null: test rows are taken from train")
-    revision: str | None = None
-
-
-class FileSource(Strict):
-    """Local files; the suffix tells the format."""
-
-    kind: Literal["files"]
-    train: Path
-    test: Path | None = Field(default=None, description="null: test rows are taken from train")
-
-    @field_validator("train", "test")
-    @classmethod
-    def _exists(cls, path: Path | None, info: Any) -> Path | None:
-        if path is None:
-            return None
-        path = (info.context or {}).get("folder", Path()) / path
-        if not path.is_file():
-            raise ValueError(f"no such file: {path}")
-        suffixes = ("jsonl", "csv", "tsv", "parquet")
-        if path.suffix.lstrip(".") not in suffixes:
-            raise ValueError(f"the suffix must be one of {', '.join(suffixes)}")
-        return path
+LETTERS = string.ascii_uppercase
+DRAWN = ("choices", "options")  # fields of an instruction that we write, not a column
 
 
 class Band(Strict):
@@ -89,11 +44,44 @@ class Band(Strict):
         return self.above < value < self.below
 
 
-class Size(Strict):
-    """At most so many rows; what a task really has is said before training."""
+class Options(Strict):
+    """Answers that each row brings along; `{options}` in the instruction lists them as A. B. C."""
 
-    train: int = Field(default=48, ge=1)
-    test: int = Field(default=60, ge=1)
+    columns: list[str] = Field(default=[], description="one column an option")
+    column: str | None = Field(default=None, description="or one column that holds them all; a.b looks inside a")
+    keys: str | None = Field(default=None, description="column of the names that the label uses, with label: key")
+    label: Literal["index", "number", "letter", "text", "key"] = Field(
+        default="index", description="what the label is: 0, 1, ..; 1, 2, ..; A, B, ..; the option; one of `keys`"
+    )
+    say: Literal["letter", "text"] = Field(default="letter", description="what the model is to answer")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Options:
+        if bool(self.columns) == bool(self.column):
+            raise ValueError("give either columns: [a, b] or column: a")
+        if (self.label == "key") != bool(self.keys):
+            raise ValueError("label: key and keys: column belong together")
+        return self
+
+
+class Media(Strict):
+    """Images or a video before the text. A cell holds a picture, a path, or a list of either."""
+
+    kind: Literal["image", "video"]
+    column: str
+    folder: str = Field(
+        default="", description="folder of paths, inside MONKEYJUMP_MEDIA; else the folder of the rows' file"
+    )
+    frames: int = Field(default=8, ge=1, description="frames of a video, evenly spaced")
+    start: str | None = Field(default=None, description="column of the second at which a clip begins")
+    end: str | None = Field(default=None, description="column of the second at which it ends")
+
+
+class Size(Strict):
+    """At most so many rows, null for all; what a task really has is said before training."""
+
+    train: int | None = Field(default=48, ge=1)
+    test: int | None = Field(default=60, ge=1)
 
 
 class Sizes(Strict):
@@ -101,26 +89,75 @@ class Sizes(Strict):
     full: Size = Size(train=1000, test=400)
 
 
+class PaperSize(Strict):
+    """Rows in Table 12 of the paper; train is null where it gives only a family's total."""
+
+    train: int | None
+    test: int
+
+
 class Task(Strict):
-    """A closed-choice text task."""
+    """A task; the module's docstring has an example."""
 
     name: str = Field(pattern=r"^[\w.-]+$")
     family: str = "own"
     source: Annotated[PackageSource | HubSource | FileSource, Field(discriminator="kind")]
-    columns: dict[str, str] = Field(description="'label' and each {field} of the instruction: its column")
-    instruction: str = Field(description="the user's turn, with {field} where a column goes")
-    choices: list[str] = Field(min_length=2, description="the answers, as the model is to say them")
-    labels: dict[str, Band | list[bool | int | float | str]] = Field(
-        default={},
-        description="choice: raw labels, or {above:, below:}; empty: the label is the choice itself",
+    columns: dict[str, str] = Field(
+        default={}, description="'label' and each {field} of the instruction: its column; a.b looks inside a"
     )
-    metric: Literal["accuracy"] = "accuracy"
+    instruction: str = Field(default="", description="the user's turn, with {field} where a column goes")
+    blank: list[str] = Field(default=[], description="fields that may be empty; a row with another empty is dropped")
+    messages: str | None = Field(default=None, description="column of a chat: list of {role:, content:}")
+    media: Media | None = None
+    choices: list[str] = Field(default=[], description="the answers, as the model is to say them")
+    options: Options | None = None
+    answer: Literal["choice", "text", "number"] = "choice"
+    labels: Literal["index"] | dict[str, Band | list[bool | int | float | str]] = Field(
+        default={},
+        description="choice: raw labels, or {above:, below:}; index: the place in choices, from 0; "
+        "empty: the label is the choice itself",
+    )
+    range: tuple[float, float] | None = Field(default=None, description="of a number")
+    decimals: int = Field(default=1, ge=0, description="of a number, as the model is to say it")
+    keep: dict[str, list[bool | int | float | str]] = Field(
+        default={}, description="column: values; other rows are dropped with a count"
+    )
+    metric: str = Field(default="accuracy", description=f"one of {', '.join(KNOWN)}")
+    also: list[str] = Field(default=[], description="further metrics to report")
     max_text_tokens: int = Field(default=256, ge=1, description="each field is cut to this; the rest never is")
+    max_answer_tokens: int = Field(default=32, ge=1, description="of a generated answer")
+    balanced: bool = Field(default=False, description="as many rows of each choice as the rarest one allows")
+    apart: list[str] = Field(
+        default=[], description="fields: rows that agree in them are never in both training and test"
+    )
     sizes: Sizes = Sizes()
+    paper: PaperSize | None = None
 
     @property
     def fields(self) -> list[str]:
         return [field for field in self.columns if field != "label"]
+
+    @property
+    def modality(self) -> str:
+        return self.media.kind if self.media else "text"
+
+    @property
+    def is_free(self) -> bool:
+        """The model writes its answer; nothing lists what it may say."""
+        return self.answer != "choice"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        if raw.get("messages"):
+            return {"answer": "text", "metric": "exact_match", **raw}
+        if "columns" not in raw and "instruction" not in raw:
+            pair = {"columns": {"prompt": "prompt", "label": "answer"}, "instruction": "{prompt}"}
+            closed = "choices" in raw or "options" in raw or "answer" in raw
+            return {**pair, **({} if closed else {"answer": "text", "metric": "exact_match"}), **raw}
+        return raw
 
     @field_validator("choices", mode="before")
     @classmethod
@@ -129,79 +166,60 @@ class Task(Strict):
             raise ValueError("YAML reads bare yes, no, true and false as truth values: put them in quotes")
         return choices
 
+    @field_validator("metric", "also")
+    @classmethod
+    def _known_metric(cls, given: Any) -> Any:
+        for name in [given] if isinstance(given, str) else given:
+            if name not in KNOWN:
+                raise ValueError(f"unknown metric: {did_you_mean(name, KNOWN)}choose one of {', '.join(KNOWN)}")
+        return given
+
     @model_validator(mode="after")
     def _consistent(self) -> Task:
+        if self.messages:
+            given = [name for name in ("columns", "instruction", "choices", "options", "labels") if getattr(self, name)]
+            if given or self.answer != "text":
+                raise ValueError(f"messages: a chat brings its own text: leave out {', '.join(given) or 'answer'}")
+            return self
         if "label" not in self.columns:
             raise ValueError("columns: name the column that holds the label, as in {label: stars}")
-        used = {name for _, name, _, _ in string.Formatter().parse(self.instruction) if name is not None}
-        if used != set(self.fields):
-            raise ValueError(f"instruction uses {sorted(used)} but columns gives {sorted(self.fields)}")
-        if len({choice.strip() for choice in self.choices}) < len(self.choices) or "" in self.choices:
-            raise ValueError(f"choices: empty or twice the same in {self.choices}")
-        if self.labels and set(self.labels) != set(self.choices):
-            raise ValueError(f"labels are given for {list(self.labels)}, choices are {self.choices}")
+        self._check_instruction()
+        self._check_answers()
         return self
 
+    def _check_instruction(self) -> None:
+        used = {name for _, name, _, _ in string.Formatter().parse(self.instruction) if name is not None}
+        if used - set(DRAWN) != set(self.fields):
+            raise ValueError(f"instruction uses {sorted(used)} but columns gives {sorted(self.fields)}")
+        for name in DRAWN:
+            if name in used and not getattr(self, name):
+                raise ValueError(f"instruction uses {{{name}}} but the task gives no {name}")
+        for option in ("apart", "blank"):
+            unknown = set(getattr(self, option)) - set(self.fields) - set(DRAWN)
+            if unknown:
+                raise ValueError(f"{option}: {sorted(unknown)} are no fields of the instruction ({self.fields})")
 
-def catalog() -> dict[str, Path]:
-    """Name -> file of the tasks that come with the package."""
-    folder = Path(str(files(__package__) / "catalog"))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
-def find_task(name: str) -> Task:
-    """A task by its catalog name or the path of its YAML file. Raises InputError."""
-    known = catalog()
-    if name in known:
-        return read_task(known[name])
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        if path.is_file():
-            return read_task(path)
-        raise InputError(f"tasks: no such file: {name}", hint=f"in the catalog: {', '.join(known)}")
-    raise InputError(
-        f"tasks: unknown task '{name}'",
-        hint=near_miss(name, known, "in the catalog") + " (or give the path of a YAML file)",
-    )
-
-
-def read_task(path: Path) -> Task:
-    """Raises InputError naming the file, the field, the value and the remedy."""
-    try:
-        raw = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (OmegaConfBaseException, UnicodeDecodeError, ValueError) as error:
-        raise InputError(f"{path}: not a YAML mapping: {' '.join(str(error).split())}") from None
-    except Exception as error:  # the YAML parser has an exception family of its own
-        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: expected 'field: value' lines, found {type(raw).__name__}")
-    try:
-        return Task.model_validate(raw, context={"folder": path.parent})
-    except ValidationError as error:
-        raise _explain(path, error) from None
+    def _check_answers(self) -> None:
+        if self.is_free:
+            if self.choices or self.options:
+                raise ValueError(f"answer: {self.answer} leaves no room for choices or options")
+            return
+        if bool(self.choices) == bool(self.options):
+            raise ValueError("give choices: [a, b], or options: of each row, or answer: text or number")
+        if self.options:
+            if self.labels or self.balanced:
+                raise ValueError("labels and balanced go with choices; with options say options.label")
+            return
+        if len(self.choices) < 2:
+            raise ValueError(f"choices: at least two are needed, found {self.choices}")
+        if len({choice.strip() for choice in self.choices}) < len(self.choices) or "" in self.choices:
+            raise ValueError(f"choices: empty or twice the same in {self.choices}")
+        if isinstance(self.labels, dict) and self.labels and set(self.labels) != set(self.choices):
+            raise ValueError(f"labels are given for {list(self.labels)}, choices are {self.choices}")
 
 
-def _explain(path: Path, error: ValidationError) -> InputError:
-    # A misspelt field is unknown and, under its right name, missing: the first says what to do.
-    found = sorted(error.errors(include_url=False), key=lambda details: details["type"] == "missing")
-    problems = [_one_problem(details) for details in found]
-    hints = [hint for _, hint in problems if hint]
-    return InputError(f"{path}: {'; '.join(text for text, _ in problems)}", hint=hints[0] if hints else "")
-
-
-def _one_problem(details: ErrorDetails) -> tuple[str, str]:
-    field = ".".join(str(part) for part in details["loc"]) or "task"
-    if details["type"] == "extra_forbidden":
-        return f"unknown field '{field}'", near_miss(details["loc"][-1], _known_fields(), "known fields")
-    if details["type"] == "missing":
-        return f"field '{field}' is missing", "see the catalog tasks for an example"
-    text = details["msg"].removeprefix("Value error, ")
-    value = details["input"]
-    if isinstance(value, dict):
-        return f"field '{field}': {text}", ""
-    return f"field '{field}' = {value!r}: {text}", ""
-
-
-def _known_fields() -> set[str]:
-    models = (Task, PackageSource, HubSource, FileSource, Band, Size, Sizes)
-    return {field for model in models for field in model.model_fields}
+def base_folder(task: Task) -> Path | None:
+    """The folder that relative paths in a local file's rows start from."""
+    if not isinstance(task.source, FileSource):
+        return None
+    return task.source.train if task.source.train.is_dir() else task.source.train.parent

@@ -1,180 +1,144 @@
-"""From raw rows to examples: labels checked, duplicates out, class-balanced train and test, all by seed."""
+"""From a task to its training and test examples: checked, without duplicates, disjoint, drawn by seed.
+
+What is kept is the number of each row; an example is read from disk when it is asked for.
+"""
 
 from __future__ import annotations
 
-import random
+import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
-from monkeyjump.tasks.description import Band, Task
-from monkeyjump.tasks.errors import InputError, near_miss
-from monkeyjump.tasks.sources import Row, read_source
+import numpy as np
+
+from monkeyjump.tasks.description import Size, Task
+from monkeyjump.tasks.errors import InputError
+from monkeyjump.tasks.examples import Example, read_row
+from monkeyjump.tasks.media import read_media
+from monkeyjump.tasks.sampling import Survey, sample, split, survey, unique, without_groups
+from monkeyjump.tasks.sources import Table, read_source
+
+ALL = Size(train=None, test=None)
+TEST_SHARE = 5  # one row in five, where all rows are asked for and none are set aside as test rows
+
+SizeName = Literal["small", "full", "paper", "all"]
 
 
-@dataclass(frozen=True)
-class Example:
-    """One usable row: the instruction's fields and the index of the right choice."""
+class Examples(Sequence[Example]):
+    """Examples that are read when asked for. `keys` [rows] are hashes of what each shows the model."""
 
-    fields: dict[str, str]
-    answer: int
-    where: str
+    def __init__(self, task: Task, table: Table, rows: np.ndarray, keys: np.ndarray) -> None:
+        self.task, self.table, self.rows, self.keys = task, table, rows, keys
 
-    @property
-    def key(self) -> str:
-        """Two examples with the same key show the model the same text."""
-        return "\x1f".join(" ".join(text.casefold().split()) for text in self.fields.values())
+    def take(self, places: np.ndarray | slice) -> Examples:
+        return Examples(self.task, self.table, self.rows[places], self.keys[places])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Examples: ...
+    def __getitem__(self, index: int | slice) -> Example | Examples:
+        if isinstance(index, slice):
+            return self.take(index)
+        row = self.table[int(self.rows[index])]
+        example = read_row(self.task, row)
+        assert isinstance(example, Example)  # the survey has left out all others
+        if self.task.media is None:
+            return example
+        return Example(**{**vars(example), "media": read_media(self.task, self.task.media, row)})
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(len(self)))
+
+    def digests(self) -> list[str]:
+        """One a row: of the pictures as they are stored, where those are in the table."""
+        assert self.task.media is not None
+        cells = (self.table.stored(int(row), self.task.media.column) for row in self.rows)
+        return [hashlib.blake2b(repr(cell).encode(), digest_size=8).hexdigest() for cell in cells]
 
 
 @dataclass(frozen=True)
 class LoadedTask:
     task: Task
-    train: list[Example]
-    test: list[Example]
+    train: Examples
+    test: Examples
     dropped: Counter[str]
 
 
-SizeName = Literal["small", "full"]
-
-
 def load_task(
-    task: Task, size: SizeName = "small", seed: int = 0, say: Callable[[str], None] = lambda text: None
+    task: Task, size: SizeName | Size = "small", seed: int = 0, say: Callable[[str], None] = lambda text: None
 ) -> LoadedTask:
     """Reads, checks and samples a task. Train and test share no text.
 
+    size: limits, or the name of such: small and full are the task's own, paper those of Table 12, all: none.
     Raises InputError naming file, row and field.
     """
+    limits = _limits(task, size)
     raw = read_source(task, say)
-    limits = getattr(task.sizes, size)
     dropped: Counter[str] = Counter()
-    pool = _unique(_examples(task, raw.train, dropped), dropped)
-    draw = random.Random(f"{seed}/{task.name}")
+    draw = np.random.default_rng([seed, int.from_bytes(hashlib.sha256(task.name.encode()).digest()[:8], "little")])
+    pool = unique(task, survey(task, raw.train, dropped), dropped)
     if raw.test is None:
-        test, train = _balanced(task, pool, (limits.test, limits.train), draw)
+        test, train = split(task, pool, _both(limits, len(pool)), draw)
     else:
-        held_pool = _unique(_examples(task, raw.test, dropped), dropped)
-        (test,) = _balanced(task, held_pool, (limits.test,), draw)
-        held_out = {example.key for example in held_pool}
-        kept = [example for example in pool if example.key not in held_out]
+        held = unique(task, survey(task, raw.test, dropped), dropped)
+        test = sample(task, held, limits.test or len(held), draw)
+        kept = without_groups(pool, held.groups)
         dropped["text also in the test rows"] += len(pool) - len(kept)
-        (train,) = _balanced(task, kept, (limits.train,), draw)
-    for name, rows in (("test", test), ("train", train)):
-        if not rows:
-            raise InputError(
-                f"task {task.name}: too few usable rows for a balanced {name} sample ({_counts(dropped)})",
-                hint="every choice needs at least two rows; check columns, choices and labels of the task",
-            )
-    return LoadedTask(task, train, test, dropped)
+        train = sample(task, kept, limits.train or len(kept), draw)
+    _check_sizes(task, {"test": test, "train": train}, dropped)
+    loaded = LoadedTask(
+        task,
+        Examples(task, raw.train, train.rows, train.keys),
+        Examples(task, raw.test or raw.train, test.rows, test.keys),
+        dropped,
+    )
+    return _without_seen_pictures(loaded)
 
 
-def _examples(task: Task, rows: Sequence[Row], dropped: Counter[str]) -> list[Example]:
-    found = []
-    for row in rows:
-        answer = _answer(task, row)
-        fields = {field: str(_cell(task, row, field)).strip() for field in task.fields}
-        if answer is None:
-            dropped["label outside every band"] += 1
-        elif not all(fields.values()):
-            dropped["empty text"] += 1
-        else:
-            found.append(Example(fields, answer, row.where))
-    return found
+def _limits(task: Task, size: SizeName | Size) -> Size:
+    if isinstance(size, Size):
+        return size
+    if size == "all":
+        return ALL
+    if size == "paper":
+        if task.paper is None:
+            raise InputError(f"task {task.name}: it has no size in the paper", hint="use small, full or all")
+        return Size(train=task.paper.train or task.sizes.full.train, test=task.paper.test)
+    return getattr(task.sizes, size)
 
 
-def _cell(task: Task, row: Row, field: str) -> Any:
-    column = task.columns[field]
-    if column not in row.values:
+def _both(limits: Size, pool: int) -> tuple[int, int]:
+    test = limits.test or max(1, pool // TEST_SHARE)
+    return test, limits.train or max(pool - test, 0)
+
+
+def _check_sizes(task: Task, found: dict[str, Survey], dropped: Counter[str]) -> None:
+    for name, rows in found.items():
+        if len(rows):
+            continue
+        kind, hint = ("balanced ", "every choice needs at least two rows; ") if task.balanced else ("", "")
         raise InputError(
-            f"{row.where}: no column '{column}' (columns.{field} of task {task.name})",
-            hint=near_miss(column, row.values, "columns there"),
+            f"task {task.name}: too few usable rows for a {kind}{name} sample ({counts(dropped)})",
+            hint=f"{hint}check columns, choices and labels of the task",
         )
-    value = row.values[column]
-    if value is None or isinstance(value, dict | list):
-        raise InputError(
-            f"{row.where}, field '{column}': expected text or a number, found {type(value).__name__}",
-            hint=f"correct the row, or columns.{field} of task {task.name}",
-        )
-    return value
 
 
-def _answer(task: Task, row: Row) -> int | None:
-    """Index of the row's choice; None where the task gives bands and none holds the label."""
-    label = _cell(task, row, "label")
-    text = str(label).strip()
-    if not task.labels:
-        if text in task.choices:
-            return task.choices.index(text)
-        raise _outside(task, row, label, near_miss(text, task.choices, "choices"))
-    bands = False
-    for index, choice in enumerate(task.choices):
-        rule = task.labels[choice]
-        if isinstance(rule, Band):
-            bands = True
-            if rule.holds(_number(task, row, label)):
-                return index
-        elif text in {str(value) for value in rule}:
-            return index
-    if bands:
-        return None
-    listed = [value for rule in task.labels.values() if isinstance(rule, list) for value in rule]
-    raise _outside(task, row, label, near_miss(text, listed, "labels of the task"))
+def _without_seen_pictures(loaded: LoadedTask) -> LoadedTask:
+    """Rows hold their pictures encoded: only the chosen ones are compared, byte for byte, whatever the text."""
+    task, train, test = loaded.task, loaded.train, loaded.test
+    if task.media is None or not train.table.is_embedded(task.media.column):
+        return loaded
+    seen = set(test.digests())
+    fresh = np.array([digest not in seen for digest in train.digests()], dtype=bool)
+    loaded.dropped[f"{task.modality} also in the test rows"] += int((~fresh).sum())
+    return LoadedTask(task, train.take(fresh), test, loaded.dropped)
 
 
-def _number(task: Task, row: Row, label: Any) -> float:
-    try:
-        return float(label)
-    except ValueError:
-        raise _outside(task, row, label, "a label with {above:, below:} must be a number") from None
-
-
-def _outside(task: Task, row: Row, label: Any, hint: str) -> InputError:
-    column = task.columns["label"]
-    return InputError(f"{row.where}, field '{column}': {label!r} is no answer of task {task.name}", hint=hint)
-
-
-def _unique(examples: list[Example], dropped: Counter[str]) -> list[Example]:
-    """The first of each text; a text with two answers goes out altogether, since neither is sure."""
-    answers: dict[str, set[int]] = {}
-    for example in examples:
-        answers.setdefault(example.key, set()).add(example.answer)
-    kept, seen = [], set()
-    for example in examples:
-        if len(answers[example.key]) > 1:
-            dropped["same text, different labels"] += 1
-        elif example.key in seen:
-            dropped["duplicate text"] += 1
-        else:
-            seen.add(example.key)
-            kept.append(example)
-    return kept
-
-
-def _balanced(task: Task, examples: list[Example], sizes: tuple[int, ...], draw: random.Random) -> list[list[Example]]:
-    """Disjoint samples of at most these sizes, as many of each choice as the rarest one allows.
-
-    A pool too small for all samples is shared out among them in proportion.
-    """
-    groups: list[list[Example]] = [[] for _ in task.choices]
-    for example in examples:
-        groups[example.answer].append(example)
-    usable = min(map(len, groups)) * len(groups)
-    if usable < sum(sizes):
-        shares = [usable * size // sum(sizes) for size in sizes]
-        sizes = (*shares[:-1], usable - sum(shares[:-1]))
-    samples: list[list[Example]] = [[] for _ in sizes]
-    for group in groups:
-        draw.shuffle(group)
-    for choice, group in enumerate(groups):
-        start = 0
-        for sample, size in zip(samples, sizes):
-            quota = size // len(groups) + (choice < size % len(groups))
-            sample += group[start : start + quota]
-            start += quota
-    for sample in samples:
-        draw.shuffle(sample)
-    return samples
-
-
-def _counts(dropped: Counter[str]) -> str:
+def counts(dropped: Counter[Any]) -> str:
     return ", ".join(f"{count} dropped: {reason}" for reason, count in dropped.items() if count) or "none dropped"

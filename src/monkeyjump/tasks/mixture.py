@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from monkeyjump.tasks.errors import InputError
-from monkeyjump.tasks.loading import Example, LoadedTask
+from monkeyjump.tasks.blending import distinct_names
+from monkeyjump.tasks.examples import Example
+from monkeyjump.tasks.loading import LoadedTask
 from monkeyjump.tasks.prompts import Prompts, Tokens
 
 
@@ -19,7 +20,7 @@ class TestSet:
     __test__ = False  # not for pytest
 
     name: str
-    examples: list[Example]
+    examples: Sequence[Example]
     prompts: list[Tokens]
     choices: list[Tokens]
     answers: list[int]
@@ -41,10 +42,7 @@ class Mixture:
 
 def mix(tasks: Sequence[LoadedTask], tokenizer: Any) -> Mixture:
     """Encodes every task. A training row whose prompt, after cutting, is a test prompt goes out, counted."""
-    names = [loaded.task.name for loaded in tasks]
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise InputError(f"tasks: '{twice[0]}' is given twice", hint="each task needs a name of its own")
+    distinct_names(tasks)
     prompts = Prompts(tokenizer)
     tests = [_test_set(loaded, prompts) for loaded in tasks]
     held_out = {tuple(prompt) for test in tests for prompt in test.prompts}

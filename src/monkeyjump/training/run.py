@@ -1,135 +1,241 @@
-"""One training run: rows of tokens -> the stock transformers Trainer -> a trained adapter."""
+"""A run from its config to its folder: data, model, centers, training, adapter.
+
+Every stage either leaves nothing or something that the next start of the same run takes up, so a process may
+be killed at any moment: `resume=True` goes on, and ends with the numbers of a run that was never stopped.
+"""
 
 from __future__ import annotations
 
-import math
-import tempfile
+import shutil
+import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+import numpy as np
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file, save_file
 
-from monkeyjump.tasks.errors import InputError
-from monkeyjump.tasks.prompts import Collator
+from monkeyjump.tasks import Collator, InputError
+from monkeyjump.training import folder as files
+from monkeyjump.training.adapters import adapter_config, add_adapter
+from monkeyjump.training.arguments import total_steps
+from monkeyjump.training.building import Rows, build_model, start_centers
+from monkeyjump.training.callbacks import Step, barrier
+from monkeyjump.training.checkpoints import clear_aside, latest, number_of
+from monkeyjump.training.config import RunConfig
+from monkeyjump.training.coverage import coverage
+from monkeyjump.training.data import RunCollator, RunData, prepare
+from monkeyjump.training.fit import Fitted, Watch, fit
+from monkeyjump.training.models import place_of, skeleton
+from monkeyjump.training.routing_log import RoutingLog, centers_of
+from monkeyjump.training.saving import save_adapter, try_saving
+from monkeyjump.training.signals import Interrupted, Interrupts
 
-MOST_MASKED = 0.05  # share of rows without a supervised token above which the data must be wrong
-
-
-class TrainSettings(BaseModel):
-    """What a run does; two runs to be compared get the same settings."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    batch_size: int = Field(default=8, ge=1, description="rows a step")
-    epochs: int = Field(default=1, ge=1, description="passes over the rows")
-    learning_rate: float = Field(default=2e-3, gt=0)
-    warmup_steps: int = Field(default=2, ge=0, description="steps over which the learning rate rises")
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    seed: int = Field(default=0, ge=0, description="order of the rows and dropout")
-
-    def steps(self, rows: int) -> int:
-        return self.epochs * -(-rows // self.batch_size)
-
-
-@dataclass(frozen=True)
-class Step:
-    """What is known after one optimizer step."""
-
-    number: int
-    total: int
-    loss: float
-    tokens_per_second: float
-    seconds: float
+GO_ON = "go on with: monkeyjump train {folder} --resume"
 
 
-@dataclass
-class TrainResult:
-    steps: int
-    seconds: float
-    tokens: int
-    losses: list[float] = field(default_factory=list)
-    masked_rows: int = 0
+class Bar(Protocol):
+    def advance(self, steps: int = 1, note: str = "") -> None: ...
 
 
-class _Report(TrainerCallback):
-    """Collects losses and passes each step on. `tokens` counts attended tokens only."""
+class Display(Protocol):
+    """Where a run says what it does; `cli.screen.Screen` is one."""
 
-    def __init__(self, result: TrainResult, report: Callable[[Step], None]) -> None:
-        self.result, self.report, self.start = result, report, 0.0
+    def note(self, text: str) -> None: ...
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.start = time.perf_counter()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        if "loss" not in logs:  # the summary at the end
-            return
-        if not math.isfinite(logs["loss"]):
-            raise FloatingPointError(
-                f"the loss is {logs['loss']} at step {state.global_step} of {state.max_steps}: training cannot "
-                f"recover from that; lower learning_rate (now {args.learning_rate:g})"
-            )
-        seconds = time.perf_counter() - self.start
-        self.result.losses.append(logs["loss"])
-        self.result.steps, self.result.seconds = state.global_step, seconds
-        self.result.tokens = int(state.num_input_tokens_seen)
-        rate = self.result.tokens / seconds
-        self.report(Step(state.global_step, state.max_steps, logs["loss"], rate, seconds))
+    def bar(self, name: str, total: int) -> AbstractContextManager[Bar]: ...
 
 
-def supervised(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with at least one supervised token. Raises InputError if too many have none.
+def train_run(config: RunConfig, display: Display, resume: bool = False) -> Path:
+    """Trains, and returns the run's folder. A run that is done already is left as it is with `resume`.
 
-    Such a row adds nothing or, alone in a batch, a loss of 0/0.
+    Raises:
+        InputError: before any long work, and with nothing left behind.
+        Interrupted: by a signal; what was reached is saved.
+        FloatingPointError, SaveFailed: see `fit`.
     """
-    kept = [row for row in rows if any(label >= 0 for label in row["labels"])]
-    masked = len(rows) - len(kept)
-    if not kept or masked > MOST_MASKED * len(rows):
-        first = next((n for n, row in enumerate(rows) if all(label < 0 for label in row["labels"])), 0)
+    folder = config.output.folder
+    state = PartialState(cpu=not torch.cuda.is_available())  # one process, or one of several
+    going_on = _check_folder(folder, config, resume)
+    if going_on and files.is_done(folder):
+        display.note(f"{folder} is done already")
+        return folder
+    with Interrupts(f"interrupted; {GO_ON.format(folder=folder)}") as interrupts:
+        place = place_of(config.model, display.note)
+        _check_adapter(config, place)
+        with files.made(folder), state.main_process_first():
+            data = prepare(config.data, place, display.note)
+        if state.is_main_process:
+            _check_data(folder, data, going_on)
+            files.write_config(folder, config)
+            (folder / files.CHECKPOINTS).mkdir(exist_ok=True)
+            clear_aside(folder / files.CHECKPOINTS)
+            files.clear(folder)
+        barrier()
+        checkpoint = latest(folder / files.CHECKPOINTS) if going_on else None
+        model, log, collate = _prepare_model(config, place, data, checkpoint, display, state)
+        fitted = _fit(config, model, log, collate, data, checkpoint, interrupts, display, state)
+        if interrupts.received:
+            step = fitted.trainer.state.global_step
+            raise Interrupted(f"interrupted; step {step} is saved; {GO_ON.format(folder=folder)}", interrupts.received)
+        _finish(config, fitted, model, state)
+    return folder
+
+
+def _check_folder(folder: Path, config: RunConfig, resume: bool) -> bool:
+    """Whether there is something to go on with."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output.folder: {folder} is a file", hint="name a folder, which is made if need be")
+    if not files.is_run(folder):
+        return False
+    if not resume:
         raise InputError(
-            f"labels: {masked} of {len(rows)} training rows have no supervised token (first: row {first})",
-            hint="the answer is missing or was cut away: check choices and max_text_tokens of the tasks",
+            f"output.folder: {folder} holds a run already",
+            hint="add --resume to go on with it, or choose another output.folder",
         )
-    return kept
+    files.check_same(folder, config)
+    return True
 
 
-def train(
+def _check_adapter(config: RunConfig, place: str) -> None:
+    """Puts the adapter on the model's skeleton: what does not fit is told before anything is written."""
+    base = skeleton(config.model, place)
+    add_adapter(base, adapter_config(config.method, base), place)
+
+
+def _check_data(folder: Path, data: RunData, going_on: bool) -> None:
+    if not going_on or not (folder / files.FACTS).is_file():
+        return
+    before = files.read_json(folder / files.FACTS)["fingerprints"]
+    changed = [name for name, value in data.fingerprints().items() if before.get(name) != value]
+    if changed:
+        raise InputError(
+            f"{folder}: the data are not those that the run was begun with: {', '.join(changed)}",
+            hint="restore the files, or begin a new run in another output.folder",
+        )
+
+
+def _prepare_model(
+    config: RunConfig, place: str, data: RunData, checkpoint: Path | None, display: Display, state: PartialState
+) -> tuple[Any, RoutingLog | None, RunCollator]:
+    folder = config.output.folder
+    steps = total_steps(config.train, len(data.train), state.num_processes)
+    display.note("loading the model")
+    model = build_model(config, place, steps)
+    collate = RunCollator(Collator.of(data.prompts.tokenizer))
+    start = folder / files.CENTERS
+    if checkpoint is None and config.method.routed:
+        display.note("initializing the centers")
+        start_centers(model, data.train, collate, config.method.centers)
+        if state.is_main_process:
+            save_file(centers_of(model), start)
+    if state.is_main_process:
+        _write_facts(folder, config, data, model, steps, state.num_processes)
+        try_saving(model, folder)
+    barrier()
+    if not config.method.routed:
+        return model, None, collate
+    batch = collate([data.train[i] for i in _fixed(len(data.train), config.train.routing_rows)])
+    return model, RoutingLog(model, batch, data.names, load_file(start)), collate
+
+
+def _fixed(rows: int, count: int) -> list[int]:
+    """The rows of the routing statistics: the same for every method and seed."""
+    return np.random.default_rng(0).permutation(rows)[:count].tolist()
+
+
+def _write_facts(folder: Path, config: RunConfig, data: RunData, model: Any, steps: int, processes: int) -> None:
+    found = coverage(model)
+    files.write_facts(
+        folder,
+        {
+            "command": sys.argv,
+            "seeds": {
+                "train": config.train.seed,
+                "data": config.data.seed,
+                "centers": config.method.centers.seed,
+            },
+            "fingerprints": data.fingerprints(),
+            "rows_per_epoch": dict(data.train.blend.rows),
+            "test_rows": {loaded.task.name: len(loaded.test) for loaded in data.tasks},
+            "dropped": {loaded.task.name: data.dropped(loaded) for loaded in data.tasks},
+            "steps": steps,
+            "processes": processes,
+            "trainable_parameters": found.trainable_parameters,
+            "total_parameters": found.total_parameters,
+            "routed": found.routed,
+            "shared": found.shared,
+        },
+    )
+
+
+def _fit(
+    config: RunConfig,
     model: Any,
-    rows: Sequence[dict[str, Any]],
-    collator: Collator,
-    settings: TrainSettings,
-    callbacks: Sequence[TrainerCallback] = (),
-    report: Callable[[Step], None] = lambda step: None,
-) -> TrainResult:
-    """Trains `model` in place on rows of input_ids, attention_mask, labels. Nothing is written to disk.
+    log: RoutingLog | None,
+    collate: RunCollator,
+    data: RunData,
+    checkpoint: Path | None,
+    interrupts: Interrupts,
+    display: Display,
+    state: PartialState,
+) -> Fitted:
+    folder = config.output.folder
+    rows: Rows = data.train
+    done = number_of(checkpoint) if checkpoint else 0
+    metrics = files.MetricsFile(folder, done if checkpoint else -1) if state.is_main_process else None
+    total = total_steps(config.train, len(rows), state.num_processes)
+    if checkpoint:
+        display.note(f"going on after step {done} of {total}")
+    with display.bar("train", total) as bar:
+        last = done
 
-    Raises FloatingPointError at the first loss that is not finite.
-    """
-    kept = supervised(rows)
-    result = TrainResult(0, 0.0, 0, masked_rows=len(rows) - len(kept))
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = TrainingArguments(
-            output_dir=scratch,
-            per_device_train_batch_size=settings.batch_size,
-            num_train_epochs=settings.epochs,
-            learning_rate=settings.learning_rate,
-            warmup_steps=settings.warmup_steps,
-            max_grad_norm=settings.max_grad_norm,
-            seed=settings.seed,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            logging_steps=1,
-            logging_nan_inf_filter=False,  # a loss that is not finite must show
-            include_num_input_tokens_seen="non_padding",
-            remove_unused_columns=False,  # the collator decides what the model gets
-            dataloader_pin_memory=False,
+        def report(step: Step) -> None:
+            nonlocal last
+            if metrics is None:  # another process writes them
+                return
+            # without the clock first: these numbers are the same in every run of the same config
+            metrics.write({"step": step.number, **step.metrics, "seconds": round(step.seconds, 3)})
+            if "loss" in step.metrics:
+                bar.advance(step.number - last, f"loss {step.loss:.3f}, {step.tokens_per_second:.0f} tokens/s")
+                last = step.number
+
+        watch = Watch(
+            report=report,
+            where=data.train.where,
+            folder=folder / files.CHECKPOINTS,
+            resume=checkpoint,
+            routing=log,
+            interrupts=interrupts,
         )
-        trainer = Trainer(model, arguments, train_dataset=list(kept), data_collator=collator)
-        trainer.remove_callback(PrinterCallback)
-        for callback in (*callbacks, _Report(result, report)):
-            trainer.add_callback(callback)
-        trainer.train()
-    return result
+        return fit(model, rows, collate, config.train, config.method.centers, data.names, folder, watch)
+
+
+def _finish(config: RunConfig, fitted: Fitted, model: Any, state: PartialState) -> None:
+    folder = config.output.folder
+    trainer = fitted.trainer
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if sharded:  # every rank takes part in gathering the weights
+        aside = folder / files.CHECKPOINTS / "gathered"
+        trainer.save_model(str(aside))
+        barrier()
+    if state.is_main_process:
+        write = (lambda place: shutil.copytree(aside, place, dirs_exist_ok=True)) if sharded else None
+        save_adapter(model, folder / files.ADAPTER, write)
+        if sharded:
+            shutil.rmtree(aside)
+        clear_aside(folder / files.CHECKPOINTS)
+        files.write_json(  # last: from here on the run is done
+            folder / files.RESULT,
+            {
+                "steps": fitted.steps,
+                "tokens": fitted.tokens,
+                "seconds": round(fitted.seconds, 3),
+                "losses": fitted.losses,
+                "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            },
+        )
+    barrier()

@@ -1,0 +1,191 @@
+"""`monkeyjump evaluate`: numbers that are right, paired with another run's, and an adapter that does something."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from run_inputs import write_run_inputs
+from safetensors.torch import load_file, save_file
+from small_inputs import rows, write_lines
+
+from monkeyjump.cli import app
+from monkeyjump.tasks.cache import write_manifest
+
+QUICK = ("train.epochs=4", "train.save_every=100", "train.routing_every=0")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two methods x two seeds, trained by one command."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_run_inputs(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert app.run(["train", "run.yaml", *QUICK, "--methods", "lora,mj-lora", "--seeds", "0,1"]) == 0
+    return folder
+
+
+@pytest.fixture
+def evaluate(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.chdir(runs)
+
+    def evaluate(*arguments: str):
+        capsys.readouterr()
+        code = app.run(["evaluate", *arguments])
+        out, err = capsys.readouterr()
+        return code, json.loads(out) if "--json" in arguments and code == 0 else out, err
+
+    return evaluate
+
+
+def test_one_command_made_a_run_for_each_method_and_seed(runs: Path):
+    names = sorted(path.name for path in (runs / "out").iterdir())
+    assert names == ["lora-seed0", "lora-seed1", "mj-lora-seed0", "mj-lora-seed1"]
+    facts = [json.loads((runs / "out" / name / "run.json").read_text()) for name in names]
+    assert len({json.dumps(one["fingerprints"]) for one in facts}) == 1  # the same rows everywhere
+    assert len({one["trainable_parameters"] for one in facts}) == 1
+    assert [one["seeds"]["train"] for one in facts] == [0, 1, 0, 1]
+    losses = [json.loads((runs / "out" / name / "result.json").read_text())["losses"] for name in names]
+    assert len({tuple(one) for one in losses}) == 4
+
+
+def test_scores_come_with_intervals_and_are_written_down(evaluate, runs: Path):
+    code, found, _ = evaluate("out/mj-lora-seed0", "--generate", "--json")
+    assert code == 0
+    assert [task["task"] for task in found["tasks"]] == ["films", "food"]
+    for task in found["tasks"]:
+        score = task["scores"]["accuracy"]
+        right = [answer == accepted[0] for answer, accepted in zip(task["answers"], task["accepted"])]
+        assert score["value"] == sum(right) / 8
+        assert score["low"] <= score["value"] <= score["high"]
+        assert score["rows"] == [float(one) for one in right]
+        assert len(task["written_answers"]) == 8
+    table = (runs / "out/mj-lora-seed0/evaluation/adapter/results.csv").read_text()
+    lines = list(csv.DictReader(table.splitlines()))
+    assert [(line["task"], line["answers"]) for line in lines] == [
+        ("films", "chosen"), ("films", "written"), ("food", "chosen"), ("food", "written")
+    ]  # fmt: skip
+    assert float(lines[0]["value"]) == pytest.approx(found["tasks"][0]["scores"]["accuracy"]["value"])
+
+
+def test_a_second_time_nothing_is_done_again(evaluate, monkeypatch: pytest.MonkeyPatch):
+    assert evaluate("out/lora-seed0")[0] == 0
+
+    def never(*args, **kwargs):
+        raise AssertionError("loaded again")
+
+    monkeypatch.setattr("monkeyjump.evaluation.run.load_adapted", never)
+    code, out, err = evaluate("out/lora-seed0")
+    assert (code, "evaluated already" in err, "films" in out) == (0, True, True)
+    assert evaluate("out/lora-seed0", "--limit", "4")[0] == 1  # other rows are another evaluation
+
+
+def test_paired_differences_against_the_base_and_another_run(evaluate):
+    for against in ("base", "out/lora-seed0"):
+        code, found, _ = evaluate("out/mj-lora-seed0", "--against", against, "--json")
+        assert code == 0
+        films, food, pooled = found["against"]
+        assert (films["task"], food["task"], pooled["task"]) == ("films", "food", "all tasks, pooled")
+        assert films["second"] == found["tasks"][0]["scores"]["accuracy"]["value"]
+        for line in (films, food, pooled):
+            assert line["difference"]["value"] == pytest.approx(line["second"] - line["first"])
+            assert line["difference"]["low"] < line["difference"]["high"]
+        assert pooled["rows"] == 16
+    code, out, _ = evaluate("out/mj-lora-seed0", "--against", "base", "--markdown")
+    assert code == 0
+    assert out.splitlines()[0].startswith("| task | metric | rows | base | mj-lora-seed0 |")
+    assert len(out.strip().splitlines()) == 5
+
+
+def test_one_command_pairs_methods_over_seeds(evaluate):
+    code, found, _ = evaluate("out", "--json")
+    assert (code, found["reference"]) == (0, "lora")
+    for line in found["differences"]["mj-lora"]:
+        assert len(line["by_seed"]) == 2
+        assert line["difference"]["value"] == pytest.approx(sum(line["by_seed"]) / 2)
+        spread = abs(line["by_seed"][0] - line["by_seed"][1]) / 2
+        half = 12.7062 * spread  # Student, one degree of freedom: t * (|a - b| / sqrt 2) / sqrt 2
+        assert line["difference"]["high"] - line["difference"]["value"] == pytest.approx(half, abs=1e-4)
+    code, out, _ = evaluate("out")
+    assert (code, "mj-lora minus lora" in out, "by seed" in out) == (0, True, True)
+
+
+def test_other_tasks_and_fewer_rows(evaluate, runs: Path):
+    write_lines(runs / "more.jsonl", rows(30))
+    (runs / "more.yaml").write_text((runs / "films.yaml").read_text().replace("films", "more"))
+    code, found, _ = evaluate("out/lora-seed1", "--tasks", "more.yaml", "--limit", "5", "--json")
+    assert (code, [(task["task"], len(task["answers"])) for task in found["tasks"]]) == (0, [("more", 5)])
+
+
+def test_an_adapter_without_effect_is_refused(evaluate, runs: Path, monkeypatch):
+    shutil.copytree(runs / "out" / "lora-seed0", runs / "idle", ignore=shutil.ignore_patterns("evaluation"))
+    weights = runs / "idle" / "adapter" / "adapter_model.safetensors"
+    tensors = {k: v * 0 if "lora_B" in k else v for k, v in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    code, _, err = evaluate("idle")
+    assert code == 2
+    assert "damaged file" in err  # the manifest knows
+    write_manifest(runs / "idle" / "adapter")
+    code, _, err = evaluate("idle")
+    assert code == 2
+    assert "the adapter has no effect" in err
+    assert not (runs / "idle" / "evaluation").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "hint"),
+    [
+        (("nowhere",), "nowhere: no such folder", "output.folder"),
+        (("model",), "model: neither a run nor a folder of runs", "--methods"),
+        (("out", "--against", "mj-lroa"), "no method 'mj-lroa'", "mj-lora"),
+        (("out/lora-seed0", "--against", "model"), "model is not the folder of a run", "base"),
+        (("out/lora-seed0", "--tasks", "tweet"), "unknown task 'tweet'", "tweets"),
+        (("out/lora-seed0", "--lm-eval", "piqa"), "lm-eval", "pip install"),
+    ],
+)
+def test_bad_input_is_one_line_and_a_hint(evaluate, arguments, error: str, hint: str):
+    code, _, err = evaluate(*arguments)
+    assert (code, len(err.splitlines())) == (2, 2)
+    assert error in err.splitlines()[0]
+    assert hint in err.splitlines()[1]
+
+
+def test_probes_of_a_run(runs: Path, monkeypatch, capsys):
+    monkeypatch.chdir(runs)
+    assert app.run(["probe", "out/mj-lora-seed0", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["probes"]
+    assert {(one["task"], one["layer"]) for one in found} == {("films", 1), ("food", 1)}
+    assert {"first", "end-1", "mean", "max", "attention"} <= {one["place"] for one in found}
+    assert (runs / "out" / "mj-lora-seed0" / "evaluation" / "probes.json").is_file()
+    assert app.run(["probe", "out/mj-lora-seed0", "--layers", "2"]) == 2
+    assert "no block 2" in capsys.readouterr().err
+
+
+def test_a_run_that_is_not_done_is_told_to_go_on(evaluate, runs: Path, monkeypatch):
+    result = runs / "out" / "mj-lora-seed1" / "result.json"
+    text = result.read_text()
+    result.unlink()
+    try:
+        code, _, err = evaluate("out/mj-lora-seed1")
+    finally:
+        result.write_text(text)
+    assert code == 2
+    assert "monkeyjump train out/mj-lora-seed1 --resume" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (("--methods", "mj-lroa"), "--methods: 'mj-lroa': base='lroa' is not known"),
+        (("--seeds", "0,x"), "--seeds: 'x' is no seed"),
+    ],
+)
+def test_bad_sweeps_are_told(runs: Path, monkeypatch, capsys, arguments, error: str):
+    monkeypatch.chdir(runs)
+    assert app.run(["train", "run.yaml", "output.folder=never", *arguments]) == 2
+    assert error in capsys.readouterr().err
+    assert not (runs / "never").exists()
