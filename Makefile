@@ -29,18 +29,18 @@ proven: install  ## rewrite the registry behind `monkeyjump methods --routed` fr
 	$(BIN)/python -m pytest --collect-only --write-proven >/dev/null
 
 lint: install  ## style and common mistakes
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 
 types: install  ## static types
 	$(BIN)/mypy
 
 format: install  ## rewrite the sources in the house style
-	$(BIN)/ruff check --fix src tests
-	$(BIN)/ruff format src tests
+	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks
 
-clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build
+clean:  ## remove the virtual environment, caches and compiled kernels
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build src/monkeyjump/native/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## this list
