@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -87,6 +89,25 @@ def test_the_own_method_is_gated(own_method: dict[str, Any], in_place: bool) -> 
     assert 0 < (m == 0).sum() < m.numel()
     wanted = x.double() @ layer.base_layer.weight.double().T + m.double() * layer.shift_vector["default"].double()
     torch.testing.assert_close(y.double(), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_the_api_reference_is_up_to_date() -> None:
+    spec = importlib.util.spec_from_file_location("generate_api", DOCS / "generate_api.py")
+    assert spec is not None
+    assert spec.loader is not None
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    assert generate.text() == generate.PAGE.read_text(encoding="utf-8"), "run `make docs`"
+
+
+def test_links_and_pictures_are_there() -> None:
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    for page in DOCS.glob("*.md"):
+        assert f"(docs/{page.name})" in readme, page.name
+        for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (DOCS / link).exists(), f"{page.name}: {link}"
+    for picture in DOCS.glob("*.svg"):
+        ElementTree.parse(picture)
 
 
 def test_registering_again_changes_nothing(own_method: dict[str, Any]) -> None:
