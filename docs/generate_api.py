@@ -77,13 +77,14 @@ def entry(name: str, value: Any) -> Iterable[str]:
         yield presets()
         return
     config = dataclasses.is_dataclass(value) and issubclass(value, PeftConfig)
-    yield f"### `{name}`\n\n```python\n{name}{'(...)' if config else signature(value)}\n```\n\n{markdown(value.__doc__)}\n"
+    call = name + ("(...)" if config else signature(value))
+    yield f"### `{name}`\n\n```python\n{call}\n```\n\n{markdown(value.__doc__)}\n"
     if config:
         yield "\n".join(fields(value)) + "\n"
     for method, found in vars(value).items() if inspect.isclass(value) else ():
-        call = found.__func__ if isinstance(found, classmethod) else found
-        if not method.startswith("_") and inspect.isfunction(call) and call.__doc__:
-            yield f"**`{name}.{method}{signature(call)}`**\n\n{markdown(call.__doc__)}\n"
+        plain = found.__func__ if isinstance(found, classmethod) else found
+        if not method.startswith("_") and inspect.isfunction(plain) and plain.__doc__:
+            yield f"**`{name}.{method}{signature(plain)}`**\n\n{markdown(plain.__doc__)}\n"
 
 
 def presets() -> str:
@@ -91,14 +92,16 @@ def presets() -> str:
     rows = ["### `PRESETS`\n", markdown(monkeyjump.PRESETS["recommended"].__doc__ or ""), ""]
     rows += ["| preset | `config` | `center_update` | `initialize_centers` |", "|---|---|---|---|"]
     for name, preset in monkeyjump.PRESETS.items():
-        cells = (preset.config, preset.center_update, preset.initialize_centers)
-        rows.append(f"| `{name}` | " + " | ".join(", ".join(f"`{k}={v!r}`" for k, v in c.items()) for c in cells) + " |")
+        parts = (preset.config, preset.center_update, preset.initialize_centers)
+        cells = [", ".join(f"`{key}={value!r}`" for key, value in part.items()) for part in parts]
+        rows.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
 
 def command(name: str, found: Any) -> str:
     """One command of the command line with its options."""
-    rows = [f"### `monkeyjump {name}`\n", inspect.cleandoc(found.help or ""), "", "| option | default | |", "|---|---|---|"]
+    rows = [f"### `monkeyjump {name}`\n", inspect.cleandoc(found.help or ""), ""]
+    rows += ["| option | default | |", "|---|---|---|"]
     for option in found.params:
         default = "" if option.default is None else f"`{getattr(option.default, 'value', option.default)}`"
         flags = ", ".join(f"`{flag}`" for flag in (*option.opts, *option.secondary_opts))
