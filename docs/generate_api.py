@@ -64,11 +64,12 @@ def markdown(doc: str) -> str:
 
 def fields(cls: Any) -> Iterable[str]:
     """The documented fields of a config, as a table."""
-    yield "| field | type | default | |\n|---|---|---|---|"
-    for field in dataclasses.fields(cls):
-        if "help" in field.metadata and field.name in cls.__annotations__:
-            kind = str(field.type).replace("|", "\\|")
-            yield f"| `{field.name}` | `{kind}` | `{field.default!r}` | {field.metadata['help']} |"
+    own = [f for f in dataclasses.fields(cls) if "help" in f.metadata and f.name in vars(cls).get("__annotations__", ())]
+    if own:
+        yield "| field | type | default | |\n|---|---|---|---|"
+    for field in own:
+        kind = str(field.type).replace("|", "\\|")
+        yield f"| `{field.name}` | `{kind}` | `{field.default!r}` | {field.metadata['help']} |"
 
 
 def entry(name: str, value: Any) -> Iterable[str]:
@@ -79,8 +80,8 @@ def entry(name: str, value: Any) -> Iterable[str]:
     config = dataclasses.is_dataclass(value) and issubclass(value, PeftConfig)
     call = name + ("(...)" if config else signature(value))
     yield f"### `{name}`\n\n```python\n{call}\n```\n\n{markdown(value.__doc__)}\n"
-    if config:
-        yield "\n".join(fields(value)) + "\n"
+    if config and (rows := list(fields(value))):
+        yield "\n".join(rows) + "\n"
     for method, found in vars(value).items() if inspect.isclass(value) else ():
         plain = found.__func__ if isinstance(found, classmethod) else found
         if not method.startswith("_") and inspect.isfunction(plain) and plain.__doc__:
