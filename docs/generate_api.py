@@ -64,7 +64,7 @@ def markdown(doc: str) -> str:
 
 def fields(cls: Any) -> Iterable[str]:
     """The documented fields of a config, as a table."""
-    own = [f for f in dataclasses.fields(cls) if "help" in f.metadata and f.name in vars(cls).get("__annotations__", ())]
+    own = [f for f in dataclasses.fields(cls) if "help" in f.metadata and f.name in cls.__annotations__]
     if own:
         yield "| field | type | default | |\n|---|---|---|---|"
     for field in own:
