@@ -102,11 +102,13 @@ def presets() -> str:
 def command(name: str, found: Any) -> str:
     """One command of the command line with its options."""
     rows = [f"### `monkeyjump {name}`\n", inspect.cleandoc(found.help or ""), ""]
-    rows += ["| option | default | |", "|---|---|---|"]
+    rows += ["| argument or option | default | |", "|---|---|---|"]
     for option in found.params:
         default = "" if option.default is None else f"`{getattr(option.default, 'value', option.default)}`"
-        flags = ", ".join(f"`{flag}`" for flag in (*option.opts, *option.secondary_opts))
-        rows.append(f"| {flags} | {default} | {option.help or ''} |".replace("\n", " "))
+        given = option.param_type_name == "argument"
+        flags = [option.metavar or option.name.upper()] if given else [*option.opts, *option.secondary_opts]
+        words = " ".join((option.help or "").split()).replace("|", "\\|")
+        rows.append(f"| {', '.join(f'`{flag}`' for flag in flags)} | {default} | {words} |")
     return "\n".join(rows) + "\n"
 
 
