@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all proven lint types format clean
+.PHONY: help install demo test test-all proven docs lint types format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard src/monkeyjump/native/*.[ch])
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,9 @@ test-all: install  ## the fast and the slow tests
 
 proven: install  ## rewrite the registry behind `monkeyjump methods --routed` from the marks of the tests
 	$(BIN)/python -m pytest --collect-only --write-proven >/dev/null
+
+docs: install  ## rewrite docs/api.md from the docstrings and the commands
+	$(BIN)/python docs/generate_api.py
 
 lint: install  ## style and common mistakes
 	$(BIN)/ruff check src tests benchmarks

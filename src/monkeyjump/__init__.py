@@ -16,6 +16,7 @@ from monkeyjump.tuner.callback import CenterUpdate
 from monkeyjump.tuner.initialize import initialize_centers
 from monkeyjump.tuner.inspect import describe_routing, record_routing
 from monkeyjump.tuner.model import routing_inputs
+from monkeyjump.tuner.registry import extend_peft_type, register_routed_methods
 
 __all__ = [
     "PRESETS",
@@ -24,8 +25,10 @@ __all__ = [
     "MonkeyJumpConfig",
     "PropulsionConfig",
     "describe_routing",
+    "extend_peft_type",
     "initialize_centers",
     "record_routing",
     "register_block",
+    "register_routed_methods",
     "routing_inputs",
 ]

@@ -109,7 +109,7 @@ def install_gate(layer: Any, adapter: str, gate: Gate, method: str) -> None:
     if _is_plain_lora(layer, adapter):
         layer.lora_variant[adapter] = RoutedLora()
     elif not any(isinstance(_owner(hook), ResidualGate) for hook in layer._forward_hooks.values()):
-        residual = ResidualGate(clone_base=method in ADDS_IN_PLACE)
+        residual = ResidualGate(clone_base=method in ADDS_IN_PLACE or not _is_known(layer))
         if method not in BYPASSES_BASE:
             layer.base_layer.register_forward_hook(residual.keep)
         layer.register_forward_hook(residual.apply, with_kwargs=True)
@@ -231,6 +231,11 @@ def _is_plain_lora(layer: BaseTunerLayer, adapter: str) -> bool:
         and isinstance(layer.lora_A[adapter], nn.Linear)
         and isinstance(layer.lora_variant.get(adapter), (RoutedLora, type(None)))
     )
+
+
+def _is_known(layer: BaseTunerLayer) -> bool:
+    """Whether the contract suite has seen the layer's class: PEFT's and ours, not a method that a user registered."""
+    return type(layer).__module__.partition(".")[0] in ("peft", "monkeyjump")
 
 
 def _owner(hook: Any) -> Any:

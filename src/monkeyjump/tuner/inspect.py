@@ -49,6 +49,9 @@ class RoutingPlan:
 def describe_routing(model: nn.Module, adapter: str = "") -> RoutingPlan:
     """Blocks, routed and shared modules, and parameter counts of a routed model.
 
+    `print` shows a summary; `blocks` (each with `name`, `routed` and `shared`), `plain`, `trainable_parameters` and
+    `total_parameters` are there to be read.
+
     Args:
         adapter: which adapter; empty: the active one.
     """
@@ -110,6 +113,10 @@ class RoutingRecord:
 @contextmanager
 def record_routing(model: nn.Module, adapter: str = "") -> Iterator[RoutingRecord]:
     """Context: count where the tokens of every forward inside go.
+
+    It gives a record whose dicts, by block, are `slots` (names of the routed modules), `counts` (`[E]` float64: the
+    tokens, or sequences in the sequence modes, for which each slot was among the chosen) and `tokens` (how many there
+    were). Padding never counts.
 
     Args:
         adapter: whose decisions; empty: the active adapter's.

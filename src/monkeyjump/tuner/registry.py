@@ -32,7 +32,13 @@ _config_classes: dict[str, type[MonkeyJumpConfig]] = {}  # by the base method's 
 
 
 def extend_peft_type(name: str) -> PeftType:
-    """Add a member to PEFT's enum of methods, or return the one that is there."""
+    """Add a member to PEFT's enum of methods, or return the one that is there.
+
+    `peft.utils.register_peft_method` takes only names that are in it, and PEFT has no other way to add one.
+
+    Args:
+        name: in upper case, as in `PeftType`.
+    """
     if name in PeftType._member_map_:
         return PeftType[name]
     member = str.__new__(PeftType, name)
@@ -70,7 +76,11 @@ def routable() -> list[str]:
 
 
 def register_routed_methods() -> None:
-    """Register a routed twin for every method of the installed PEFT that can have one."""
+    """Make a routed twin, `MJ_<name>`, of every registered PEFT method that can have one and has none yet.
+
+    Importing monkeyjump calls it. Call it again after `register_peft_method` has added a method of your
+    own: `MonkeyJumpConfig(base=<name>)` then takes it (docs/own-methods.md).
+    """
     for peft_type in list(PEFT_TYPE_TO_CONFIG_MAPPING):
         name = str(peft_type.value)
         if name.startswith(PREFIX) or name in NOT_ROUTABLE or name.lower() in _config_classes:
