@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all proven docs lint types format clean
+.PHONY: help install demo test test-all bench proven docs lint types format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard src/monkeyjump/native/*.[ch])
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,9 @@ test: install  ## the fast tests (at most about 10 minutes)
 
 test-all: install  ## the fast and the slow tests
 	$(PYTEST) -m 'slow or not slow'
+
+bench: install  ## the figures of docs/performance.md, on an idle machine (about 20 minutes)
+	BIN=$(BIN) benchmarks/performance.sh
 
 proven: install  ## rewrite the registry behind `monkeyjump methods --routed` from the marks of the tests
 	$(BIN)/python -m pytest --collect-only --write-proven >/dev/null
