@@ -73,7 +73,9 @@ def compare(name: str, folder: Path, each_adapter: bool = False, checkpointing: 
         assert torch.equal(value, runs[0]["state"][key])
     assert {n: v.shape for n, v in trainable(loaded).items()} == {}
     with torch.no_grad():
-        torch.testing.assert_close(loaded(tokens(2)).logits, runs[0]["logits"], atol=0, rtol=0)
+        # adapters sharded one by one take PEFT's products, the whole ones the fused update: equal up to rounding
+        exact = {} if each_adapter else {"atol": 0, "rtol": 0}
+        torch.testing.assert_close(loaded(tokens(2)).logits, runs[0]["logits"], **exact)
 
 
 @pytest.mark.parametrize("name", ["lora", "lora_fa", "propulsion"])

@@ -152,3 +152,9 @@ def test_the_plan_reads_as_text() -> None:
         "on every token: self_attn.o_proj, mlp.gate_proj",
         "5 adapted modules outside routed blocks",
     ]
+
+
+def test_default_targets_of_a_method_without_exclude_modules() -> None:
+    """VeRA's config has no such field."""
+    model = routed(llama(num_key_value_heads=4), base="vera")
+    assert "self_attn.q_proj" in describe_routing(model).blocks[0].routed

