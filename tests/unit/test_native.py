@@ -84,6 +84,17 @@ def test_a_frozen_a_and_an_input_without_gradient_get_none() -> None:
     torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@needed
+def test_gates_of_another_dtype_are_read_as_what_they_are() -> None:
+    x, a, b, gain, gate = leaf(6, 16), leaf(2, 16), leaf(8, 2), leaf(16), torch.rand(6, 1)
+    for call, inputs in (
+        (lambda m: gated_delta(x, a, b, m, 0.5), [x, a, b]),
+        (lambda m: gated_scale(x, gain, m), [x, gain]),
+    ):
+        for one, other in zip(outcome(call(gate), inputs), outcome(call(gate.double()), inputs)):
+            assert torch.equal(one, other)
+
+
 def test_other_widths_dtypes_and_layouts_are_torchs() -> None:
     a, b, x = torch.randn(2, 16), torch.randn(8, 2), torch.randn(4, 16)
     for wrong in (x[:, :12], x.half(), x.T, x.to("meta"), x.to_sparse()):

@@ -57,14 +57,14 @@ def low_rank_forward(
         x: `[N, d_in]`.
         a, b: `[r, d_in]`, `[d_out, r]`.
         bias: `[d_out]` or None.
-        gate: float32 `[N, 1]` of any stride, or None for 1.
+        gate: `[N, 1]` of any stride, or None for 1.
         bits: one bit for each element of x, or None.
 
     Raises:
         MemoryError: no room for B transposed.
     """
     (rows, d_in), (d_out, rank) = x.shape, b.shape
-    u, y = x.new_empty(rows, rank), x.new_empty(rows, d_out)
+    u, y, gate = x.new_empty(rows, rank), x.new_empty(rows, d_out), _float32(gate)
     sizes = (_stride(gate), rows, d_in, d_out, rank, scale, _threads(rows * (d_in + d_out)))
     inputs = (_at(x), _at(a), _at(b), _at(bias), _at(gate), _at(bits))
     _check(_lib().mj_low_rank_forward(*inputs, *sizes, _at(u), _at(y)))
@@ -94,7 +94,7 @@ def low_rank_backward(
     """
     (rows, d_out), (rank, d_in) = grad.shape, a.shape
     grad_x = grad.new_empty(rows, d_in) if wants_x else None
-    grad_a, grad_b = None if x is None else torch.empty_like(a), torch.empty_like(b)
+    grad_a, grad_b, gate = None if x is None else torch.empty_like(a), torch.empty_like(b), _float32(gate)
     sizes = (_stride(gate), rows, d_in, d_out, rank, scale, _threads(rows * (d_in + d_out)))
     inputs = (_at(grad), _at(x), _at(a), _at(b), _at(u), _at(gate), _at(bits))
     _check(_lib().mj_low_rank_backward(*inputs, *sizes, _at(grad_x), _at(grad_a), _at(grad_b)))
@@ -103,7 +103,7 @@ def low_rank_backward(
 
 def scale_forward(y: Tensor, gain: Tensor, gate: Tensor) -> Tensor:
     """`y * (1 + gate * gain)` for `y` `[N, d_out]`, `gain` `[d_out]`, `gate` `[N, 1]`."""
-    rows, width = y.shape
+    (rows, width), gate = y.shape, gate.float()
     out = torch.empty_like(y)
     _lib().mj_scale_forward(_at(y), _at(gain), _at(gate), rows, width, _threads(y.numel()), _at(out))
     return out
@@ -115,7 +115,7 @@ def scale_backward(grad: Tensor, y: Tensor, gain: Tensor, gate: Tensor) -> tuple
     Raises:
         MemoryError: no room for the sums of the threads.
     """
-    rows, width = y.shape
+    (rows, width), gate = y.shape, gate.float()
     grad_y, grad_gain = torch.empty_like(grad), torch.empty_like(gain)
     inputs = (_at(grad), _at(y), _at(gain), _at(gate))
     _check(_lib().mj_scale_backward(*inputs, rows, width, _threads(y.numel()), _at(grad_y), _at(grad_gain)))
@@ -176,6 +176,11 @@ def _lib() -> ctypes.CDLL:
 
 def _at(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def _float32(gate: Tensor | None) -> Tensor | None:
+    """A gate as the kernels read it, whatever it was given as."""
+    return gate if gate is None or gate.dtype == torch.float32 else gate.float()
 
 
 def _stride(gate: Tensor | None) -> int:

@@ -40,8 +40,8 @@ def find_task(name: str) -> Task:
     )
 
 
-def read_task(path: Path) -> Task:
-    """Raises InputError naming the file, the field, the value and the remedy, for all wrong fields at once."""
+def read_mapping(path: Path, expected: str, hint: str = "") -> dict[str, Any]:
+    """The mapping that a YAML file holds. Raises InputError; `expected` says what the file should have held."""
     try:
         raw = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (OmegaConfBaseException, UnicodeDecodeError, ValueError) as error:
@@ -49,7 +49,13 @@ def read_task(path: Path) -> Task:
     except Exception as error:  # the YAML parser has an exception family of its own
         raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
-        raise InputError(f"{path}: expected 'field: value' lines, found {type(raw).__name__}")
+        raise InputError(f"{path}: expected {expected}, found {type(raw).__name__}", hint=hint)
+    return raw  # type: ignore[return-value]
+
+
+def read_task(path: Path) -> Task:
+    """Raises InputError naming the file, the field, the value and the remedy, for all wrong fields at once."""
+    raw = read_mapping(path, "'field: value' lines")
     try:
         return Task.model_validate(raw, context={"folder": path.parent})
     except ValidationError as error:

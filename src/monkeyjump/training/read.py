@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from monkeyjump.tasks.errors import InputError
+from monkeyjump.tasks.reading import read_mapping
 from monkeyjump.training.adapters import adapter_fields, check_method
 from monkeyjump.training.config import SECTIONS, Centers, Method, RunConfig
 from monkeyjump.training.presets import find_preset
@@ -59,17 +59,7 @@ def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "no such file"
         raise InputError(f"{path}: {what}", hint="give the YAML file of a run; examples/ has some")
-    try:
-        raw = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (OmegaConfBaseException, UnicodeDecodeError, ValueError) as error:
-        raise InputError(f"{path}: not a YAML mapping: {' '.join(str(error).split())}") from None
-    except Exception as error:  # the YAML parser has an exception family of its own
-        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise InputError(
-            f"{path}: expected sections, found {type(raw).__name__}", hint=f"sections: {', '.join(SECTIONS)}"
-        )
-    return raw  # type: ignore[return-value]
+    return read_mapping(path, "sections", hint=f"sections: {', '.join(SECTIONS)}")
 
 
 def _merged(raw: dict[str, Any], overrides: Sequence[str], where: str) -> dict[str, Any]:
