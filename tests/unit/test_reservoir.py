@@ -148,7 +148,7 @@ def test_rows_within_in_numbers() -> None:
 
 BLOCKS, DIM, TOKENS, BATCH = 32, 4096, 50_000, 1000
 LIMIT = 2**30
-SLACK = 96 * 2**20  # four batches of float32 temporaries (the model's side) and the allocator's rounding
+SLACK = 192 * 2**20  # a few batches in float32 (the model's side), and the holes that malloc leaves
 
 
 def stream_and_fit(capacity: int) -> None:

@@ -88,8 +88,8 @@ class Reservoir:
 
     def _store(self, slots: slice | Tensor, states: Tensor) -> None:
         stored = states.to("cpu", self._slots.dtype)
-        narrower = torch.finfo(self._slots.dtype).max < torch.finfo(states.dtype).max
-        if narrower and bool((stored.isinf() & states.isfinite().cpu()).any()):
+        infinite = stored.isinf()
+        if bool(infinite.any()) and bool(states.isfinite().cpu()[infinite].any()):
             raise ValueError(
                 f"a hidden state of {float(states.nan_to_num(0, 0, 0).abs().max()):.3g} does not fit "
                 f"{self._slots.dtype}: normalize the states or use a reservoir of torch.float32"
