@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from monkeyjump.tuner.adalora import share_of_step
@@ -37,6 +38,11 @@ class Seen:
     adapter: str
     layers: list[Any]
     notes: list[Any]
+
+    @property
+    def device(self) -> torch.device:
+        """Of the first layer."""
+        return next(self.layers[0].parameters()).device
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,8 @@ class AuxiliaryLosses:
             for term in terms:
                 if not seen.layers or (term.reads and not seen.notes):
                     continue
-                value = term.value(seen)
+                with torch.autocast(seen.device.type, enabled=False):
+                    value = term.value(seen)
                 self.latest[term.name] = self.latest.get(term.name, 0) + value.detach()
                 total = term.weight * value if total is None else total + term.weight * value
         return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -162,9 +163,7 @@ class MoELoRAConfig(LowRankExpertConfig):
         return self.contrastive_tokens if self.contrastive_weight else 0
 
     def terms(self) -> list[Term]:
-        def contrastive(seen: Seen) -> Any:
-            return expert_contrast(seen.notes, self.contrastive_temperature)
-
+        contrastive = functools.partial(_contrast, temperature=self.contrastive_temperature)
         return [*super().terms(), Term("contrastive", self.contrastive_weight, contrastive)]
 
 
@@ -324,6 +323,10 @@ class PropulsionMixtureConfig(MoEConfig, base="propulsion"):
     def check(self) -> None:
         super().check()
         check_integer("degree", self.degree, least=1)
+
+
+def _contrast(seen: Seen, temperature: float) -> Any:
+    return expert_contrast(seen.notes, temperature)
 
 
 def _mean_balance(seen: Seen) -> Any:

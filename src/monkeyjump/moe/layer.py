@@ -143,8 +143,9 @@ class ExpertLayer(nn.Module, BaseTunerLayer):
         device = self._get_base_layer_device_and_dtype(self.get_base_layer())[0] if device is None else device
         for name in self.adapter_layer_names:
             held = getattr(self, name)
-            if device is not None and adapter_name in held and not held[adapter_name].is_meta:
-                held[adapter_name].data = held[adapter_name].data.to(device)
+            weight = held.get(adapter_name)
+            if weight is not None and device not in (None, weight.device) and not weight.is_meta:
+                held[adapter_name] = nn.Parameter(weight.data.to(device), requires_grad=weight.requires_grad)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> ExpertLayer:
         exact = [(p, p.data) for name in self.float32_names for p in getattr(self, name).values()]

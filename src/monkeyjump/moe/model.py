@@ -10,6 +10,7 @@ from typing import Any
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, register_peft_method
+from peft.utils.save_and_load import _filter_state_dict_for_adapter_name
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -176,7 +177,8 @@ class MoETuner(BaseTuner):
         weights, training = split_training_state(state_dict)
         has = model.state_dict()
         others = [name for name in model.peft_config if name != adapter_name]
-        expected = super()._get_adapter_state_dict(model, config, adapter_name, has, others)
+        mine = _filter_state_dict_for_adapter_name(has, others)
+        expected = super()._get_adapter_state_dict(model, config, adapter_name, mine, others)
         check_keys({cls._remove_adapter_name_from_key(k, adapter_name): v for k, v in expected.items()}, weights, has)
         restore_allocator(model, training)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
