@@ -8,7 +8,7 @@ initialize_centers(model, train_loader)
 Trainer(model, args, train_dataset=data, callbacks=[CenterUpdate()]).train()
 """
 
-from monkeyjump import moe
+import monkeyjump.moe  # noqa: F401  registers the mixtures with PEFT
 from monkeyjump.config import MonkeyJumpConfig
 from monkeyjump.presets import PRESETS
 from monkeyjump.tuner import LoraFAConfig, PropulsionConfig
@@ -28,7 +28,6 @@ __all__ = [
     "describe_routing",
     "extend_peft_type",
     "initialize_centers",
-    "moe",
     "record_routing",
     "register_block",
     "register_routed_methods",

@@ -274,7 +274,7 @@ class AdaLoraMixtureConfig(MoEConfig, LowRankExpertConfig, base="adalora"):
     beta2: float = _field(0.85, "Of the moving average of its uncertainty.")
     orth_reg_weight: float = _field(0.5, "Weight of the orthogonality loss.")
     total_step: int | None = _field(None, "Optimizer steps of the whole run; required.")
-    rank_pattern: dict | None = _field(None, "Ranks that are left after the last pruning; written in training.")
+    kept_ranks: dict[str, list[bool]] | None = _field(None, "What the latest pruning left; written in training.")
 
     peft_name: ClassVar[str] = "MOE_ADALORA"
 

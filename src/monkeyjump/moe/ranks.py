@@ -49,9 +49,9 @@ class ExpertRanks(RankAllocator):
             return  # nothing to prune; PEFT's allocator would ask for the smallest of no scores
         if step <= last:
             _, pattern = self.update_and_allocate(view, step, force_mask=step == last)
-            config.rank_pattern = pattern or config.rank_pattern
-        elif config.rank_pattern is not None:
-            self._keep(view, config.rank_pattern)
+            config.kept_ranks = pattern or config.kept_ranks
+        elif config.kept_ranks is not None:
+            self._keep(view, config.kept_ranks)
         if step == last:
             self.reset_ipt()
 
