@@ -9,9 +9,8 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from monkeyjump.training.checkpoints import clear_aside, latest, number_of
 from monkeyjump.training.config import RunConfig
 from monkeyjump.training.coverage import coverage
 from monkeyjump.training.data import RunCollator, RunData, prepare
+from monkeyjump.training.display import Display
 from monkeyjump.training.fit import Fitted, Watch, fit
 from monkeyjump.training.models import place_of, skeleton
 from monkeyjump.training.routing_log import RoutingLog, centers_of
@@ -35,18 +35,6 @@ from monkeyjump.training.saving import save_adapter, try_saving
 from monkeyjump.training.signals import Interrupted, Interrupts
 
 GO_ON = "go on with: monkeyjump train {folder} --resume"
-
-
-class Bar(Protocol):
-    def advance(self, steps: int = 1, note: str = "") -> None: ...
-
-
-class Display(Protocol):
-    """Where a run says what it does; `cli.screen.Screen` is one."""
-
-    def note(self, text: str) -> None: ...
-
-    def bar(self, name: str, total: int) -> AbstractContextManager[Bar]: ...
 
 
 def train_run(config: RunConfig, display: Display, resume: bool = False) -> Path:
