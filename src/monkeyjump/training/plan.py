@@ -24,7 +24,7 @@ from monkeyjump.bench.memory import saved_bytes
 from monkeyjump.evaluation.routing import spread
 from monkeyjump.tasks import Collator, InputError
 from monkeyjump.training.adapters import adapter_config, add_adapter
-from monkeyjump.training.arguments import total_steps
+from monkeyjump.training.arguments import check_machine, total_steps
 from monkeyjump.training.building import batches, build_model, needs_centers, start_centers
 from monkeyjump.training.config import RunConfig
 from monkeyjump.training.coverage import Coverage, coverage, missed_names
@@ -102,6 +102,7 @@ class Plan:
 
 def make_plan(config: RunConfig, parameters_only: bool = False, say: Say = lambda text: None) -> Plan:
     """Raises InputError for input that cannot even be planned with; writes nothing that stays."""
+    check_machine(config.train)
     plan = Plan()
     place = place_of(config.model, say)
     base_config = model_config(config.model, place)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from monkeyjump.tasks import Collator, InputError
 from monkeyjump.training import folder as files
 from monkeyjump.training.adapters import adapter_config, add_adapter
-from monkeyjump.training.arguments import total_steps
+from monkeyjump.training.arguments import check_machine, total_steps
 from monkeyjump.training.building import Rows, build_model, start_centers
 from monkeyjump.training.callbacks import Step, barrier
 from monkeyjump.training.checkpoints import clear_aside, latest, number_of
@@ -51,6 +51,7 @@ def train_run(config: RunConfig, display: Display, resume: bool = False) -> Path
     if going_on and files.is_done(folder):
         display.note(f"{folder} is done already")
         return folder
+    check_machine(config.train)
     with Interrupts(f"interrupted; {GO_ON.format(folder=folder)}") as interrupts:
         place = place_of(config.model, display.note)
         _check_adapter(config, place)
