@@ -108,7 +108,12 @@ def write_facts(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    write_in_one_piece(path, json.dumps(_finite(record), indent=1))
+    write_in_one_piece(path, to_json(record))
+
+
+def to_json(record: dict[str, Any], indent: int | None = 1) -> str:
+    """JSON has no NaN: null instead."""
+    return json.dumps(_finite(record), indent=indent)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -135,11 +140,10 @@ class MetricsFile:
 
     def write(self, record: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(record)) + "\n")
+            file.write(to_json(record, indent=None) + "\n")
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: null instead."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
