@@ -107,8 +107,8 @@ def test_a_share_has_wilsons_interval_and_every_row():
 
 @pytest.mark.parametrize("name", ["f1", "matthews"])
 def test_intervals_cover_the_truth_about_as_often_as_they_say(name: str):
-    draw, truth = random.Random(0), 0.6
-    hits, rounds = 0, 150
+    draw, truth, hits = random.Random(0), 0.6, 0
+    rounds = 150 if name == "f1" else 60  # a bootstrap each
     for _ in range(rounds):
         right = [draw.choice(["yes", "no"]) for _ in range(80)]
         if name == "f1":
@@ -138,7 +138,7 @@ def test_the_paired_interval_of_a_correlation_is_scipys(name: str, function):
     columns = [np.array(x, float) for x in (first, second, [row[0] for row in accepted])]
     expected = stats.bootstrap(
         columns, lambda a, b, c: function(b, c).statistic - function(a, c).statistic, paired=True, vectorized=False,
-        n_resamples=2000, method="percentile", rng=np.random.default_rng(5),
+        n_resamples=1000, method="percentile", rng=np.random.default_rng(5),
     ).confidence_interval  # fmt: skip
     assert found.value == pytest.approx(function(columns[1], columns[2]).statistic
                                         - function(columns[0], columns[2]).statistic)  # fmt: skip
@@ -164,9 +164,9 @@ def test_the_paired_interval_of_classes(name: str):
 
     found = whole_difference(name, first, second, [[text] for text in right])
     assert found.value == pytest.approx(value(second, list(range(60))) - value(first, list(range(60))))
-    rows = [draw.choices(range(60), k=60) for _ in range(400)]
+    rows = [draw.choices(range(60), k=60) for _ in range(200)]
     low, high = np.quantile([value(second, one) - value(first, one) for one in rows], (0.025, 0.975))
-    assert (found.low, found.high) == pytest.approx((low, high), abs=0.03)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.04)
 
 
 def test_equal_runs_differ_by_nothing():
