@@ -169,7 +169,7 @@ class MoETuner(BaseTuner):
         """The adapter's weights; for AdaLoRA in training also the averages that its schedule carries."""
         saved = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         check_whole(saved)
-        return {**saved, **allocator_state(model, config.rank_pattern)} if _is_scheduled(config) else saved
+        return {**saved, **allocator_state(model)} if _is_scheduled(config) else saved
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):

@@ -65,7 +65,8 @@ class RoutedAdaLora(RoutedTuner):
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         with _full_ranks(config):
             saved = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return {**saved, **allocator_state(model, config.rank_pattern)}
+        running = any(router.schedule is not None for router in routers(model))  # a finished run leaves nothing behind
+        return {**saved, **allocator_state(model, config.rank_pattern if running else None)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
@@ -151,7 +152,7 @@ def _allocator(model: nn.Module) -> Any:
     return getattr(tuner, "rankallocator", None)
 
 
-def allocator_state(model: nn.Module, pattern: dict[str, list[bool]] | None) -> dict[str, Tensor]:
+def allocator_state(model: nn.Module, pattern: dict[str, list[bool]] | None = None) -> dict[str, Tensor]:
     allocator, state = _allocator(model), {}
     if allocator is not None:
         for average in AVERAGES:
