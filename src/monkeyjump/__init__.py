@@ -9,7 +9,7 @@ Trainer(model, args, train_dataset=data, callbacks=[CenterUpdate()]).train()
 """
 
 # isort: off
-import monkeyjump.loggers  # noqa: F401  before PEFT is imported
+import monkeyjump.loggers  # before PEFT is imported
 
 # isort: on
 import monkeyjump.moe  # noqa: F401  registers the mixtures with PEFT
