@@ -8,6 +8,10 @@ initialize_centers(model, train_loader)
 Trainer(model, args, train_dataset=data, callbacks=[CenterUpdate()]).train()
 """
 
+# isort: off
+import monkeyjump.loggers  # before PEFT is imported
+
+# isort: on
 import monkeyjump.moe  # noqa: F401  registers the mixtures with PEFT
 from monkeyjump.config import MonkeyJumpConfig
 from monkeyjump.presets import PRESETS

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from run_inputs import write_run_inputs
 from safetensors.torch import load_file, save_file
-from small_inputs import rows, write_lines, write_task
+from small_inputs import rows, tokenizer, write_lines, write_task
 
 from monkeyjump.cli import app
 from monkeyjump.tasks.cache import write_manifest
@@ -144,7 +146,6 @@ def test_an_adapter_without_effect_is_refused(evaluate, runs: Path, monkeypatch)
         (("out", "--against", "mj-lroa"), "no method 'mj-lroa'", "mj-lora"),
         (("out/lora-seed0", "--against", "model"), "model is not the folder of a run", "base"),
         (("out/lora-seed0", "--tasks", "tweet"), "unknown task 'tweet'", "tweets"),
-        (("out/lora-seed0", "--lm-eval", "piqa"), "lm-eval", "pip install"),
     ],
 )
 def test_bad_input_is_one_line_and_a_hint(evaluate, arguments, error: str, hint: str):
@@ -279,3 +280,56 @@ def test_markdown_of_one_run(evaluate):
         "food",
         "mean of own",
     ]
+
+
+def test_lm_eval_is_told_to_be_installed(evaluate, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    code, _, err = evaluate("out/lora-seed0", "--lm-eval", "piqa")
+    assert (code, "--lm-eval needs the lm-eval package" in err, "monkeyjump[eval]" in err) == (2, True, True)
+
+
+@pytest.mark.slow  # lm-eval reads all of its tasks
+def test_a_task_that_lm_eval_does_not_know(evaluate):
+    code, _, err = evaluate("out/lora-seed0", "--lm-eval", "arc_esay")
+    assert (code, "lm-eval has no task 'arc_esay'" in err, "arc_easy" in err) == (2, True, True)
+
+
+LM_TASK = """
+task: films_lm
+dataset_path: json
+dataset_kwargs: {data_files: {test: %s}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "Review : {{sentence}} is this positive or negative ?\nAnswer:"
+doc_to_choice: [positive, negative]
+doc_to_target: mark
+metric_list: [{metric: acc}]
+"""
+
+
+def test_lm_eval_finds_our_number_for_the_same_rows(evaluate, runs: Path):
+    """The routed adapter through lm-eval's own loop, on a task of ours written as one of theirs."""
+    shutil.copytree(runs / "model", runs / "plain")
+    tokenizer(None).save_pretrained(runs / "plain")  # no chat template, which lm-eval does not apply either
+    (runs / "plain" / "chat_template.jinja").unlink(missing_ok=True)
+    shutil.copytree(runs / "out/mj-lora-seed0/adapter", runs / "plain-adapter")
+    (runs / "plain-adapter" / "manifest.json").unlink()
+    draw = random.Random(0)
+    asked = [{**row, "mark": draw.choice(["positive", "negative"])} for row in rows(40)]
+    write_lines(runs / "asked.jsonl", asked)
+    write_task(runs, "asked", asked)
+    task = (runs / "asked.yaml").read_text().replace("asked.jsonl", "films.jsonl, test: asked.jsonl")
+    task = task.replace("balanced: true\nsizes: {small: {train: 16, test: 8}}", "sizes: {full: {train: 4, test: null}}")
+    (runs / "asked.yaml").write_text(task)
+    write_lines(runs / "films.jsonl", [{"sentence": f"poor {row['sentence']}", "mark": row["mark"]} for row in rows()])
+    (runs / "films_lm.yaml").write_text(LM_TASK % (runs / "asked.jsonl"))
+    common = ("plain-adapter", "--model", "plain")
+    code, ours, err = evaluate(*common, "--tasks", "asked.yaml", "--json")
+    assert code == 0, err
+    assert evaluate(*common, "--lm-eval", "films_lm.yaml")[0] == 0
+    theirs = json.loads((runs / "plain-adapter/evaluation/lm_eval/results.json").read_text())["films_lm"]
+    score = ours["tasks"][0]["scores"]["accuracy"]
+    assert theirs["acc,none"] == score["value"]
+    assert theirs["acc_stderr,none"] == pytest.approx(score["standard_error"])
+    assert 0.2 < score["value"] < 0.8
+    assert len(ours["tasks"][0]["answers"]) == 40

@@ -15,6 +15,7 @@ import pytest
 import torch
 from peft import PeftModel
 from run_inputs import adapter_bytes, metrics, write_run_inputs
+from safetensors.torch import load_file
 from small_inputs import model as base_model
 
 from monkeyjump.cli import app
@@ -86,12 +87,31 @@ def test_losses_and_routing_are_logged_by_task_and_step(train, folder: Path):
     assert routing[-1]["routing/drift"] == routing[-2]["routing/drift"]  # centers stand still from step 9 on
 
 
-@pytest.mark.parametrize(("step", "method"), [(5, "method.base=lora"), (15, "method.base=adalora")])
-def test_going_on_in_another_place_equals_never_having_stopped(train, folder: Path, step: int, method: str):
-    if "adalora" in method:  # its ranks have other names
-        (folder / "run.yaml").write_text((folder / "run.yaml").read_text().replace("r: 2", "target_r: 1, init_r: 2"))
-    code, lines = train("run.yaml", method)
+# ranks are pruned from step 2 to step 12, and held from there on
+PRUNED = ("method.base=adalora", "method.tinit=1", "method.tfinal=4")
+
+
+@pytest.mark.parametrize(
+    ("step", "method"),
+    [
+        (5, ("method.base=lora",)),
+        (15, PRUNED),
+        (5, (*PRUNED, "method.routed=false")),
+        (15, (*PRUNED, "method.routed=false")),
+    ],
+    ids=["lora", "adalora", "plain-adalora-while-pruning", "plain-adalora-after"],
+)
+def test_going_on_in_another_place_equals_never_having_stopped(train, folder: Path, step: int, method: tuple[str, ...]):
+    if "method.base=adalora" in method:  # its ranks have other names
+        (folder / "run.yaml").write_text((folder / "run.yaml").read_text().replace("r: 2", "target_r: 1, init_r: 3"))
+    code, lines = train("run.yaml", *method)
     assert code == 0, lines
+    if "method.base=adalora" in method:
+        tensors = load_file(folder / "out" / "adapter" / "adapter_model.safetensors")
+        ranks = [int(value.count_nonzero()) for name, value in tensors.items() if "lora_E" in name]
+        assert sum(ranks) < 3 * len(ranks)  # some were pruned
+        assert not any("training_state" in name for name in tensors)
+        PeftModel.from_pretrained(base_model(), folder / "out" / "adapter")  # which PEFT alone could not read again
     moved = folder / "elsewhere" / "run"
     shutil.copytree(folder / "out", moved)
     for name in ("adapter", "result.json"):

@@ -10,7 +10,15 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sklearn
 
-from monkeyjump.evaluation.metrics import known_metrics, mean_score, perplexity, register, score, squad_normal
+from monkeyjump.evaluation.metrics import (
+    known_metrics,
+    mean_score,
+    perplexity,
+    register,
+    score,
+    squad_normal,
+    whole_difference,
+)
 from monkeyjump.tasks import InputError
 from monkeyjump.tasks.metric_names import KNOWN
 
@@ -99,9 +107,8 @@ def test_a_share_has_wilsons_interval_and_every_row():
 
 @pytest.mark.parametrize("name", ["f1", "matthews"])
 def test_intervals_cover_the_truth_about_as_often_as_they_say(name: str):
-    draw = random.Random(0)
-    truth = {"f1": 0.5 * 1.0 + 0.5 * 0.5, "matthews": 0.6}[name]
-    hits, rounds = 0, 150
+    draw, truth, hits = random.Random(0), 0.6, 0
+    rounds = 150 if name == "f1" else 60  # a bootstrap each
     for _ in range(rounds):
         right = [draw.choice(["yes", "no"]) for _ in range(80)]
         if name == "f1":
@@ -114,6 +121,68 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say(name: str):
         found = score(name, given, accepted)
         hits += found.low <= truth <= found.high
     assert 0.88 <= hits / rounds <= 0.99
+
+
+def answers_of_two(draw: np.random.Generator, rows: int = 80) -> tuple[list[str], list[str], list[list[str]]]:
+    """Two models whose errors have most in common, and the right numbers."""
+    right = draw.normal(0, 1, rows)
+    common = right + draw.normal(0, 1, rows)
+    first, second = (common + draw.normal(0, 0.3, rows) for _ in range(2))
+    return [str(x) for x in first], [str(x) for x in second], [[str(x)] for x in right]
+
+
+@pytest.mark.parametrize(("name", "function"), [("pearson", stats.pearsonr), ("spearman", stats.spearmanr)])
+def test_the_paired_interval_of_a_correlation_is_scipys(name: str, function):
+    first, second, accepted = answers_of_two(np.random.default_rng(3))
+    found = whole_difference(name, first, second, accepted)
+    columns = [np.array(x, float) for x in (first, second, [row[0] for row in accepted])]
+    expected = stats.bootstrap(
+        columns, lambda a, b, c: function(b, c).statistic - function(a, c).statistic, paired=True, vectorized=False,
+        n_resamples=1000, method="percentile", rng=np.random.default_rng(5),
+    ).confidence_interval  # fmt: skip
+    assert found.value == pytest.approx(function(columns[1], columns[2]).statistic
+                                        - function(columns[0], columns[2]).statistic)  # fmt: skip
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.01)
+    each = [score(name, given, accepted).standard_error for given in (first, second)]
+    assert found.high - found.low < 0.7 * 2 * 1.96 * math.hypot(*each)  # what runs have in common cancels
+
+
+@pytest.mark.parametrize("name", ["matthews", "f1_binary", "f1_macro"])
+def test_the_paired_interval_of_classes(name: str):
+    """Against an own resampling of the rows through scikit-learn."""
+    draw = random.Random(2)
+    right = [draw.choice(["yes", "no"]) for _ in range(60)]
+    common = [text if draw.random() < 0.8 else {"yes": "no", "no": "yes"}[text] for text in right]
+    first, second = ([t if draw.random() < 0.9 else draw.choice(["yes", "no"]) for t in common] for _ in range(2))
+
+    def value(given: list[str], rows: list[int]) -> float:
+        kept, said = [right[row] for row in rows], [given[row] for row in rows]
+        if name == "matthews":
+            return float(sklearn.matthews_corrcoef(kept, said))
+        labels = ["yes"] if name == "f1_binary" else ["yes", "no"]
+        return float(sklearn.f1_score(kept, said, labels=labels, average="macro", zero_division=0))
+
+    found = whole_difference(name, first, second, [[text] for text in right])
+    assert found.value == pytest.approx(value(second, list(range(60))) - value(first, list(range(60))))
+    rows = [draw.choices(range(60), k=60) for _ in range(200)]
+    low, high = np.quantile([value(second, one) - value(first, one) for one in rows], (0.025, 0.975))
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.04)
+
+
+def test_equal_runs_differ_by_nothing():
+    answers, _, accepted = answers_of_two(np.random.default_rng(1))
+    found = whole_difference("spearman", answers, answers, accepted)
+    assert (found.value, found.low, found.high) == (0, 0, 0)
+
+
+@pytest.mark.slow
+def test_the_paired_interval_covers_the_truth_about_as_often_as_it_says():
+    """Both models are equally good: a difference of 0."""
+    draw, hits = np.random.default_rng(0), 0
+    for _ in range(60):
+        found = whole_difference("pearson", *answers_of_two(draw, 60))
+        hits += found.covers_zero
+    assert 0.86 <= hits / 60 <= 1.0
 
 
 def test_perplexity_is_of_tokens_not_of_documents():
@@ -137,6 +206,8 @@ def test_a_metric_of_ones_own():
         def first_letter(answers, accepted):
             return mean_score([a[:1] == right[0][:1] for a, right in zip(answers, accepted)])
 
+        with pytest.raises(InputError, match="runs cannot be paired"):
+            whole_difference("first_letter", ["a"], ["a"], [["a"]])
         assert score("first_letter", ["abc", "x"], [["axe"], ["y"]]).value == 0.5
     finally:
         KNOWN.pop("first_letter")

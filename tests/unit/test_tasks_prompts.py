@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_inputs import tokenizer, write_task
+from small_inputs import TEMPLATE, model, tokenizer, write_lines, write_task
 
-from monkeyjump.tasks import Collator, Example, InputError, Prompts, read_task
+from monkeyjump.evaluation import Questions, choice_scores
+from monkeyjump.tasks import Collator, Example, InputError, Prompts, load_task, read_task
+from monkeyjump.tasks.prompts import with_prefix
 
 LONG = Example({"text": " ".join(["film"] * 50)}, answer=1, where="a row")
 
@@ -50,7 +52,7 @@ def test_without_chat_template(task):
 
 
 def test_an_answer_without_tokens_is_refused(task, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Prompts, "_answer", lambda self, text: [])
+    monkeypatch.setattr(Prompts, "_answer", lambda self, task, text: [])
     with pytest.raises(InputError, match="a row: answer 'negative' of task films has no tokens"):
         Prompts(tokenizer()).encode(task, 0, LONG)
 
@@ -69,3 +71,45 @@ def test_padding_is_masked_by_position_not_by_id(side):
     assert batch["attention_mask"][0, pad].tolist() == [0, 0]
     assert batch["labels"][0, pad].tolist() == [-100, -100]
     assert torch.equal(batch["task_ids"], torch.tensor([1, 0]))
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, None], ids=["chat", "plain"])
+def test_an_answer_prefix_belongs_to_the_prompt(tmp_path: Path, template: str | None):
+    """In training it is read and not learned; in evaluation choices follow it."""
+    words = tokenizer(template)
+    prefix = "the good is"
+    plain, prefixed = (
+        load_task(read_task(write_task(tmp_path, f"films{n}", more=f"answer_prefix: {text!r}\n")))
+        for n, text in enumerate(("", prefix))
+    )
+    prompts = Prompts(words)
+    example = prefixed.train[0]
+    asked, bare = (prompts.prompt(loaded.task, example) for loaded in (prefixed, plain))
+    assert asked == [*bare, *words(prefix, add_special_tokens=False).input_ids]
+    row = prompts.encode(prefixed.task, 0, example)
+    answer = [*words(example.gold[0], add_special_tokens=False).input_ids, words.eos_token_id]
+    assert row["input_ids"] == asked + answer
+    assert row["labels"] == [-100] * len(asked) + answer
+    question = Questions(prefixed.task, prefixed.test, prompts, 0)[0]
+    assert question.inputs["input_ids"] == prompts.prompt(prefixed.task, prefixed.test[0])
+    net = model()
+    (scores,) = choice_scores(net, [question], Collator.of(words))
+    with torch.no_grad():
+        logits = net(input_ids=torch.tensor([question.inputs["input_ids"]])).logits[0, -1].log_softmax(-1)
+    said = [words(text, add_special_tokens=False).input_ids for text in question.spoken]
+    torch.testing.assert_close(scores, logits[[tokens[0] for tokens in said]])
+
+
+def test_a_prefix_after_a_header_that_ends_a_line():
+    assert with_prefix("assistant\n", "The correct output is") == "assistant\nThe correct output is"
+    assert with_prefix("Answer:", "The correct output is") == "Answer: The correct output is"
+
+
+def test_a_chat_takes_no_prefix(tmp_path: Path):
+    write_lines(tmp_path / "chats.jsonl", [{"chat": []}])
+    path = tmp_path / "chats.yaml"
+    path.write_text(
+        "name: c\nsource: {kind: files, train: chats.jsonl}\nmessages: chat\nanswer: text\nanswer_prefix: x\n"
+    )
+    with pytest.raises(InputError, match="leave out answer_prefix"):
+        read_task(path)

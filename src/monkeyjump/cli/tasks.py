@@ -117,7 +117,7 @@ def _show_row(task: Task, screen: Screen) -> None:
         f" [{len(example.media)} {'frames' if task.modality == 'video' else 'pictures'}]" if example.media else ""
     )
     screen.say(f"A training row ({example.where}){pictures}:\n{_indented(text)}")
-    screen.say(f"  -> {example.gold[0]}")
+    screen.say(f"  -> {f'{task.answer_prefix} {example.gold[0]}'.strip()}")
 
 
 def _indented(text: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import norm, t
 
 from monkeyjump.evaluation.intervals import Estimate, paired_difference
-from monkeyjump.evaluation.metrics import Score, score
+from monkeyjump.evaluation.metrics import Score, score, whole_difference
 from monkeyjump.evaluation.scoring import Answers
 from monkeyjump.tasks import InputError, Task
 
@@ -82,10 +82,9 @@ def _score_from(record: dict[str, Any]) -> Score:
 
 
 def difference(first: TaskResult, second: TaskResult) -> Estimate:
-    """`second` minus `first` on the same rows: Agresti-Min for shares, normal for other means.
+    """`second` minus `first` on the same rows.
 
-    For a statistic of all rows together the two standard errors are added as if the runs had nothing in
-    common, which makes the interval too wide rather than too narrow.
+    Agresti-Min for shares, normal for other means, a paired bootstrap for a statistic of all rows together.
 
     Raises InputError where the rows or the metric differ.
     """
@@ -100,9 +99,7 @@ def difference(first: TaskResult, second: TaskResult) -> Estimate:
         gaps = np.array(second.main.rows) - np.array(first.main.rows)
         half = norm.ppf(0.975) * gaps.std(ddof=1) / len(gaps) ** 0.5 if len(gaps) > 1 else float("nan")
         return Estimate(gaps.mean(), gaps.mean() - half, gaps.mean() + half)
-    gap, error = second.main.value - first.main.value, math.hypot(first.main.standard_error, second.main.standard_error)
-    half = float(norm.ppf(0.975)) * error
-    return Estimate(gap, gap - half, gap + half)
+    return whole_difference(first.metric, first.answers, second.answers, first.accepted)
 
 
 def pooled_difference(first: Sequence[TaskResult], second: Sequence[TaskResult]) -> Estimate | None:

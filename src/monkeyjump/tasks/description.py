@@ -125,6 +125,9 @@ class Task(Strict):
     metric: str = Field(default="accuracy", description=f"one of {', '.join(KNOWN)}")
     also: list[str] = Field(default=[], description="further metrics to report")
     max_text_tokens: int = Field(default=256, ge=1, description="each field is cut to this; the rest never is")
+    answer_prefix: str = Field(
+        default="", description="said before every answer, in training and in evaluation; never supervised or scored"
+    )
     max_answer_tokens: int = Field(default=32, ge=1, description="of a generated answer")
     balanced: bool = Field(default=False, description="as many rows of each choice as the rarest one allows")
     apart: list[str] = Field(
@@ -177,7 +180,11 @@ class Task(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> Task:
         if self.messages:
-            given = [name for name in ("columns", "instruction", "choices", "options", "labels") if getattr(self, name)]
+            given = [
+                name
+                for name in ("columns", "instruction", "choices", "options", "labels", "answer_prefix")
+                if getattr(self, name)
+            ]
             if given or self.answer != "text":
                 raise ValueError(f"messages: a chat brings its own text: leave out {', '.join(given) or 'answer'}")
             return self

@@ -4,7 +4,8 @@
     |------------------------ labels -100 --------------------------|-- supervised --|
 
 In a chat of several turns the assistant's earlier turns are supervised too. Text is cut before it goes into
-the instruction, so neither the instruction nor the answer is ever cut.
+the instruction, so neither the instruction nor the answer is ever cut. A task's `answer_prefix` ("The correct
+output is") stands after the assistant's header: it belongs to the prompt, in training as in evaluation.
 """
 
 from __future__ import annotations
@@ -84,10 +85,10 @@ class Prompts:
         }
         return [*self._system, {"role": "user", "content": task.instruction.format(**fields)}]
 
-    def pieces(self, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
-        """Text up to the answer, as (text, supervised) pieces in order."""
+    def pieces(self, turns: Sequence[Turn], prefix: str = "") -> list[tuple[str, bool]]:
+        """Text up to the answer, as (text, supervised) pieces in order; it ends with `prefix`."""
         if not self.template:
-            return [(f"{plain_text(turns)}\nAnswer:", False)]
+            return [(with_prefix(f"{plain_text(turns)}\nAnswer:", prefix), False)]
         pieces, done = [], 0
         spoken = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
         for number in spoken:
@@ -99,7 +100,7 @@ class Prompts:
                 )
             pieces += [(before[done:], False), (after[len(before) :], True)]
             done = len(after)
-        return [*pieces, (self._render(turns)[done:], False)]
+        return [*pieces, (with_prefix(self._render(turns)[done:], prefix), False)]
 
     def _encoded(self, pieces: Sequence[tuple[str, bool]], example: Example) -> dict[str, Any]:
         """-> input_ids and labels of the pieces, lists of one length."""
@@ -114,7 +115,7 @@ class Prompts:
 
     def inputs(self, task: Task, example: Example, answer: int = 0) -> dict[str, Any]:
         """Everything up to where the answer, of so many tokens, begins: input_ids, labels, pictures."""
-        found = self._encoded(self.pieces(self.turns(task, example)), example)
+        found = self._encoded(self.pieces(self.turns(task, example), task.answer_prefix), example)
         if self.max_length is None:
             return found
         limit = max((len(self._ids(text)) for text in _cuttable(example)), default=0)
@@ -127,7 +128,7 @@ class Prompts:
                     hint="raise max_length, or shorten the instruction",
                 )
             limit = max(1, limit - max(1, excess // max(1, len(_cuttable(example)))))
-            found = self._encoded(self.pieces(self.turns(task, example, limit)), example)
+            found = self._encoded(self.pieces(self.turns(task, example, limit), task.answer_prefix), example)
         return found
 
     def prompt(self, task: Task, example: Example) -> Tokens:
@@ -137,16 +138,16 @@ class Prompts:
     def choices(self, task: Task, example: Example | None = None) -> list[Tokens]:
         """The answers of the task, or of a row with its own, as they follow a prompt, without the end token."""
         spoken = task.choices if example is None else example.spoken
-        return [self._answer(text) for text in spoken]
+        return [self._answer(task, text) for text in spoken]
 
-    def _answer(self, text: str) -> Tokens:
-        lead = "" if self.template else " "
+    def _answer(self, task: Task, text: str) -> Tokens:
+        lead = " " if task.answer_prefix or not self.template else ""
         return self._ids(lead + text)
 
     def encode(self, task: Task, task_id: int, example: Example) -> dict[str, Any]:
         """A training row: input_ids, attention_mask, labels (lists of one length), task, task_ids, pictures."""
         text = example.gold[0] if example.gold else task.choices[example.answer]
-        answer = self._answer(text)
+        answer = self._answer(task, text)
         if not answer:
             raise InputError(
                 f"{example.where}: answer '{text}' of task {task.name} has no tokens",
@@ -163,6 +164,13 @@ class Prompts:
             "task": task.name,
             "task_ids": task_id,
         }
+
+
+def with_prefix(text: str, prefix: str) -> str:
+    """`prefix` after a text that may or may not end with a blank."""
+    if not prefix:
+        return text
+    return f"{text}{prefix}" if text[-1:].isspace() else f"{text} {prefix}"
 
 
 def plain_text(turns: Sequence[Turn]) -> str:

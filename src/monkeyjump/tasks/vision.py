@@ -20,7 +20,7 @@ from transformers.utils import is_torchvision_available
 from monkeyjump.tasks.description import Task
 from monkeyjump.tasks.errors import InputError
 from monkeyjump.tasks.examples import Example
-from monkeyjump.tasks.prompts import IGNORED, Prompts, Tokens, Turn, plain_text
+from monkeyjump.tasks.prompts import IGNORED, Prompts, Tokens, Turn, plain_text, with_prefix
 from monkeyjump.tasks.stacking import VIDEOS
 
 
@@ -100,12 +100,12 @@ class VisionPrompts(Prompts):
             first["media"] = [{"type": task.media.kind}] * count
         return turns
 
-    def pieces(self, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
+    def pieces(self, turns: Sequence[Turn], prefix: str = "") -> list[tuple[str, bool]]:
         if self.template:
-            return super().pieces(turns)
+            return super().pieces(turns, prefix)
         token = {"image": self.processor.image_token, "video": self.processor.video_token}
         marks = "".join(token[item["type"]] + "\n" for turn in turns for item in turn.get("media", []))
-        return [(f"{marks}{plain_text(turns)}\nAnswer:", False)]
+        return [(with_prefix(f"{marks}{plain_text(turns)}\nAnswer:", prefix), False)]
 
     def _encoded(self, pieces: Sequence[tuple[str, bool]], example: Example) -> dict[str, Any]:
         if not example.media:

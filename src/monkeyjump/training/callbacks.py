@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -95,17 +95,10 @@ class EveryAdapterLearns(TrainerCallback):
             )
 
 
-class RankSchedule(TrainerCallback):
-    """AdaLoRA's, for the plain method: Trainer alone never calls it. `CenterUpdate` does it for the routed one."""
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        model.base_model.update_and_allocate(state.global_step + 1)
-
-
 class Checkpoints(TrainerCallback):
     """Completes what Trainer wrote. Weights that are not finite never become a checkpoint."""
 
-    def __init__(self, folder: Path, keep: int, extra: Callable[[Path], None] = lambda folder: None) -> None:
+    def __init__(self, folder: Path, keep: int, extra: Sequence[Callable[[Path], None]] = ()) -> None:
         self.folder, self.keep, self.extra = folder, keep, extra
         self.last: Path | None = None
 
@@ -116,7 +109,8 @@ class Checkpoints(TrainerCallback):
             if wrong is not None:
                 raise FloatingPointError(f"step {state.global_step}: {wrong} holds values that are not finite")
             written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            self.extra(written)
+            for save in self.extra:
+                save(written)
             self.last = finish(written, self.folder, self.keep)
         barrier()
 

@@ -19,12 +19,12 @@ from monkeyjump.training.callbacks import (
     EveryAdapterLearns,
     FiniteGradients,
     Metrics,
-    RankSchedule,
     Step,
     StopOnSignal,
 )
 from monkeyjump.training.checkpoints import ASIDE
 from monkeyjump.training.config import Centers, Train
+from monkeyjump.training.rank_schedule import RankSchedule
 from monkeyjump.training.routing_log import RoutingLog
 from monkeyjump.training.saving import no_space
 from monkeyjump.training.signals import Interrupts
@@ -106,18 +106,22 @@ def fit(
     arguments = training_arguments(train, aside, **strategy)
     _check_ranks(arguments)
     update = center_update(model, centers)
+    extra: list[Callable[[Path], None]] = []  # what goes into a checkpoint beside Trainer's own files
     callbacks: list[TrainerCallback] = [EveryAdapterLearns(), FiniteGradients(train.stop_after, update, watch.where)]
     if update is not None:
         callbacks.append(update)
     elif isinstance(model.base_model, AdaLoraModel):
-        callbacks.append(RankSchedule())
+        ranks = RankSchedule(model.base_model, watch.resume)
+        callbacks.append(ranks)
+        extra.append(ranks.save)
     if watch.routing is not None and train.routing_every:
         callbacks.append(LogRouting(watch.routing, train.routing_every, watch.resume))
     callbacks += watch.callbacks
     if watch.interrupts is not None:
         callbacks.append(StopOnSignal(watch.interrupts))
     if watch.folder is not None:
-        extra = watch.routing.save if watch.routing is not None else lambda folder: None
+        if watch.routing is not None:
+            extra.append(watch.routing.save)
         callbacks.append(Checkpoints(watch.folder, train.keep, extra))
     trainer = RunTrainer(model, arguments, train_dataset=rows, data_collator=collate, names=names)
     fitted = Fitted(trainer)

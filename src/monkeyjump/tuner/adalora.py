@@ -28,6 +28,7 @@ logger = logging.getLogger("monkeyjump")
 
 ALLOCATOR = "rank_allocator"
 AVERAGES = ("exp_avg_ipt", "exp_avg_unc")  # what RankAllocator carries from step to step
+PATTERN = "rank_pattern"  # and what the config carries: the ranks that stay, once the schedule is over
 
 
 class RoutedAdaLora(RoutedTuner):
@@ -64,11 +65,12 @@ class RoutedAdaLora(RoutedTuner):
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         with _full_ranks(config):
             saved = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return {**saved, **allocator_state(model)}
+        running = any(router.schedule is not None for router in routers(model))  # a finished run leaves nothing behind
+        return {**saved, **allocator_state(model, config.rank_pattern if running else None)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        restore_allocator(model, split_training_state(state_dict)[1])
+        restore_allocator(model, config, split_training_state(state_dict)[1])
         with _full_ranks(config):
             return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
@@ -150,21 +152,28 @@ def _allocator(model: nn.Module) -> Any:
     return getattr(tuner, "rankallocator", None)
 
 
-def allocator_state(model: nn.Module) -> dict[str, Tensor]:
+def allocator_state(model: nn.Module, pattern: dict[str, list[bool]] | None = None) -> dict[str, Tensor]:
     allocator, state = _allocator(model), {}
     if allocator is not None:
         for average in AVERAGES:
             for name, value in getattr(allocator, average).items():
                 state[key_of(ALLOCATOR, f"{average}.{name}")] = value
+        for name, kept in (pattern or {}).items():
+            state[key_of(ALLOCATOR, f"{PATTERN}.{name}")] = torch.tensor(kept)
     return state
 
 
-def restore_allocator(model: nn.Module, state: TrainingState) -> None:
+def restore_allocator(model: nn.Module, config: Any, state: TrainingState) -> None:
     saved, allocator = state.tensors.get(ALLOCATOR), _allocator(model)
     if not saved or allocator is None:
         return
+    pattern = {}
     for key, value in saved.items():
         average, _, name = key.partition("/")
         name = name.replace("/", ".")
+        if average == PATTERN:
+            pattern[name] = value.tolist()
+            continue
         getattr(allocator, average)[name] = value
         allocator.ipt.setdefault(name, torch.zeros_like(value))
+    config.rank_pattern = pattern or config.rank_pattern

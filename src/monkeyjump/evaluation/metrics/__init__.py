@@ -1,17 +1,28 @@
 """Metrics by name. `score("rougeL", answers, accepted)`; `register` adds one's own."""
 
 from monkeyjump.evaluation.metrics.answers import squad_normal, vqa_normal
-from monkeyjump.evaluation.metrics.scores import Score, known_metrics, mean_score, register, score, whole_score
+from monkeyjump.evaluation.metrics.scores import (
+    Score,
+    Statistic,
+    known_metrics,
+    mean_score,
+    register,
+    register_whole,
+    score,
+    whole_difference,
+)
 from monkeyjump.evaluation.metrics.whole import perplexity
 
 __all__ = [
     "Score",
+    "Statistic",
     "known_metrics",
     "mean_score",
     "perplexity",
     "register",
+    "register_whole",
     "score",
     "squad_normal",
     "vqa_normal",
-    "whole_score",
+    "whole_difference",
 ]

@@ -3,7 +3,9 @@
 A metric is a registered function from answers and accepted answers to a `Score`. Metrics that are a mean
 over rows keep the value of every row, so that two models can be compared row by row. For a share of rows
 the interval is Wilson's; for another mean it is the normal one around it, kept inside the metric's range;
-for a statistic of all rows together (a correlation, F1 of classes) it is a bootstrap over rows.
+for a statistic of all rows together (a correlation, F1 of classes) it is a seeded bootstrap over rows. Such a
+metric is registered with `register_whole`, as the function that gives it for any rows drawn; two models are then
+compared by drawing the same rows of both.
 
     @register("first_letter", "share of answers whose first letter is right")
     def first_letter(answers, accepted):
@@ -13,12 +15,13 @@ for a statistic of all rows together (a correlation, F1 of classes) it is a boot
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import bootstrap, norm
+from scipy.stats import norm
 
+from monkeyjump.evaluation.intervals import Estimate
 from monkeyjump.evaluation.intervals import accuracy as share
 from monkeyjump.tasks.errors import InputError, near_miss
 from monkeyjump.tasks.metric_names import KNOWN
@@ -26,6 +29,7 @@ from monkeyjump.tasks.metric_names import KNOWN
 Answers = Sequence[str]
 Accepted = Sequence[Sequence[str]]  # of each row, the answers that count as right
 RESAMPLES = 1000
+LIMITS = (0.025, 0.975)
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,18 @@ class Score:
     unread: int = 0
 
 
+@dataclass(frozen=True)
+class Statistic:
+    """`of`: the metric of the rows with these numbers, repeated as often as they are. `unread`: as in `Score`."""
+
+    of: Callable[[np.ndarray], float]
+    unread: int = 0
+
+
 Metric = Callable[[Answers, Accepted], Score]
+Whole = Callable[[Answers, Accepted], Statistic]
 _METRICS: dict[str, Metric] = {}
+_WHOLE: dict[str, Whole] = {}
 
 
 def register(name: str, summary: str) -> Callable[[Metric], Metric]:
@@ -87,28 +101,48 @@ def mean_score(values: Sequence[float | bool], low: float = 0.0, high: float = 1
     return Score(value, error, max(low, value - half), min(high, value + half), count, tuple(rows.tolist()))
 
 
-def whole_score(statistic: Callable[..., float], *columns: np.ndarray, unread: int = 0) -> Score:
-    """Score of a statistic of all rows together; interval and standard error by a seeded bootstrap."""
-    value = float(statistic(*columns))
-    if len(columns[0]) < 2 or any(len(np.unique(column)) < 2 for column in columns):
-        return Score(value, math.nan, math.nan, math.nan, len(columns[0]), unread=unread)
-    found = bootstrap(
-        columns,
-        lambda *drawn: _finite(statistic(*drawn)),
-        paired=True,
-        vectorized=False,
-        n_resamples=RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    )
-    limits = found.confidence_interval
-    return Score(
-        value, float(found.standard_error), float(limits.low), float(limits.high), len(columns[0]), unread=unread
-    )
+def register_whole(name: str, summary: str) -> Callable[[Whole], Whole]:
+    """Like `register`, for a statistic of all rows together."""
+
+    def add(function: Whole) -> Whole:
+        _WHOLE[name] = function
+        register(name, summary)(lambda answers, accepted: _whole_score(function(answers, accepted), len(answers)))
+        return function
+
+    return add
 
 
-def _finite(value: float) -> float:
-    return float(value) if math.isfinite(value) else 0.0  # a resample of equal rows has no correlation
+def _whole_score(statistic: Statistic, count: int) -> Score:
+    value = statistic.of(np.arange(count))
+    if count < 2:
+        return Score(value, math.nan, math.nan, math.nan, count, unread=statistic.unread)
+    found = np.array([statistic.of(rows) for rows in _draws(count)])
+    low, high = np.quantile(found, LIMITS)
+    return Score(value, float(found.std(ddof=1)), float(low), float(high), count, unread=statistic.unread)
+
+
+def whole_difference(name: str, first: Answers, second: Answers, accepted: Accepted) -> Estimate:
+    """`second` minus `first` on the same rows, for a metric of all rows together: a paired percentile bootstrap.
+
+    Raises InputError for a metric that was not registered with `register_whole`.
+    """
+    if name not in _WHOLE:
+        raise InputError(
+            f"metric {name}: it has neither a value of each row nor one of drawn rows, so runs cannot be paired",
+            hint="return mean_score(...), or use register_whole",
+        )
+    one, other = (_WHOLE[name](answers, accepted) for answers in (first, second))
+    everything = np.arange(len(accepted))
+    gap = other.of(everything) - one.of(everything)
+    if len(accepted) < 2:
+        return Estimate(gap, math.nan, math.nan)
+    low, high = np.quantile([other.of(rows) - one.of(rows) for rows in _draws(len(accepted))], LIMITS)
+    return Estimate(gap, float(low), float(high))
+
+
+def _draws(count: int) -> Iterator[np.ndarray]:
+    draw = np.random.default_rng(0)
+    return (draw.integers(0, count, count) for _ in range(RESAMPLES))
 
 
 def normal_text(text: str) -> str:

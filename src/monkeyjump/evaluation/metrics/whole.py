@@ -5,80 +5,62 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
-from scipy.stats import norm, pearsonr, spearmanr
+from scipy.stats import norm, rankdata
 
-from monkeyjump.evaluation.metrics.scores import (
-    RESAMPLES,
-    Accepted,
-    Answers,
-    Score,
-    normal_text,
-    register,
-    whole_score,
-)
+from monkeyjump.evaluation.metrics.scores import Accepted, Answers, Score, Statistic, normal_text, register_whole
 from monkeyjump.tasks.errors import InputError
 from monkeyjump.tasks.metric_names import KNOWN
 
-Statistic = Callable[[np.ndarray], np.ndarray]  # [tables, right class, given class] -> [tables]
+TableStatistic = Callable[[np.ndarray, int], float]  # counts [right class, given class], right classes -> value
 
 
-def _class_score(answers: Answers, accepted: Accepted, statistic: Statistic) -> Score:
-    """Score of a statistic of classes, which depends on the table of right and given classes alone.
+def _of_classes(answers: Answers, accepted: Accepted, statistic: TableStatistic) -> Statistic:
+    """A statistic of the table of right and given classes.
 
-    A bootstrap over rows is therefore one over the counts of that table. Classes that occur as right answers
-    come first in it, and first of all the one that F1 of two classes is about: yes, or the rarest.
+    Classes that occur as right answers come first in it, and first of all the one that F1 of two classes is about:
+    yes, or the rarest.
     """
     right, given = [normal_text(first[0]) for first in accepted], [normal_text(answer) for answer in answers]
     known = sorted(set(right), key=lambda name: (name != "yes", right.count(name), name))
     number = {name: index for index, name in enumerate([*known, *sorted(set(given) - set(known))])}
-    table = np.zeros((len(number), len(number)))
-    np.add.at(table, ([number[name] for name in right], [number[name] for name in given]), 1)
-    value = float(statistic(table[None])[0])
-    total = len(right)
-    if total < 2:
-        return Score(value, math.nan, math.nan, math.nan, total)
-    drawn = np.random.default_rng(0).multinomial(total, table.ravel() / total, size=RESAMPLES)
-    found = statistic(drawn.reshape(RESAMPLES, *table.shape).astype(float))
-    low, high = np.quantile(found, [0.025, 0.975])
-    return Score(value, float(found.std(ddof=1)), float(low), float(high), total)
+    size = len(number)
+    cells = np.array([number[a] * size + number[b] for a, b in zip(right, given)])
+
+    def of(rows: np.ndarray) -> float:
+        table = np.bincount(cells[rows], minlength=size * size).reshape(size, size)
+        return statistic(table.astype(float), len(known))
+
+    return Statistic(of)
 
 
-def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """0 where nothing is divided by nothing: a class that never occurs, a table of one class."""
-    return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+def _f1_of_classes(table: np.ndarray) -> np.ndarray:
+    """-> [classes]: 2 hits / (right + given); 0 for a class that never occurs."""
+    hits, all_of_it = 2 * np.diagonal(table), table.sum(0) + table.sum(1)
+    return np.divide(hits, all_of_it, out=np.zeros_like(hits), where=all_of_it > 0)
 
 
-def _f1_of_classes(tables: np.ndarray) -> np.ndarray:
-    """-> [tables, classes]: 2 hits / (right + given)."""
-    hits = np.diagonal(tables, axis1=1, axis2=2)
-    return _ratio(2 * hits, tables.sum(1) + tables.sum(2))
+@register_whole("f1_macro", KNOWN["f1_macro"])
+def f1_macro(answers: Answers, accepted: Accepted) -> Statistic:
+    return _of_classes(answers, accepted, lambda table, right: float(_f1_of_classes(table)[:right].mean()))
 
 
-@register("f1_macro", KNOWN["f1_macro"])
-def f1_macro(answers: Answers, accepted: Accepted) -> Score:
-    classes = len({normal_text(right[0]) for right in accepted})
-    return _class_score(answers, accepted, lambda tables: _f1_of_classes(tables)[:, :classes].mean(1))
+@register_whole("f1_binary", KNOWN["f1_binary"])
+def f1_binary(answers: Answers, accepted: Accepted) -> Statistic:
+    return _of_classes(answers, accepted, lambda table, right: float(_f1_of_classes(table)[0]))
 
 
-@register("f1_binary", KNOWN["f1_binary"])
-def f1_binary(answers: Answers, accepted: Accepted) -> Score:
-    return _class_score(answers, accepted, lambda tables: _f1_of_classes(tables)[:, 0])
+@register_whole("matthews", KNOWN["matthews"])
+def matthews(answers: Answers, accepted: Accepted) -> Statistic:
+    return _of_classes(answers, accepted, lambda table, right: _matthews(table))
 
 
-@register("matthews", KNOWN["matthews"])
-def matthews(answers: Answers, accepted: Accepted) -> Score:
-    return _class_score(answers, accepted, _matthews)
-
-
-def _matthews(tables: np.ndarray) -> np.ndarray:
-    """Gorodkin, 2004: the correlation of two classifications into any number of classes."""
-    total, hits = tables.sum((1, 2)), np.trace(tables, axis1=1, axis2=2)
-    right, given = tables.sum(2), tables.sum(1)
-    spread = (total**2 - (right**2).sum(1)) * (total**2 - (given**2).sum(1))
-    return _ratio(total * hits - (right * given).sum(1), np.sqrt(spread))
+def _matthews(table: np.ndarray) -> float:
+    """Gorodkin, 2004: the correlation of two classifications into any number of classes; 0 where one is constant."""
+    total, right, given = table.sum(), table.sum(1), table.sum(0)
+    spread = (total**2 - (right**2).sum()) * (total**2 - (given**2).sum())
+    return float((total * np.trace(table) - (right * given).sum()) / math.sqrt(spread)) if spread > 0 else 0.0
 
 
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
@@ -93,25 +75,26 @@ def _numbers(answers: Answers, accepted: Accepted) -> tuple[np.ndarray, np.ndarr
     return given, np.array([float(right[0]) for right in accepted]), unread
 
 
-def _correlation(function: Callable[..., Any], answers: Answers, accepted: Accepted) -> Score:
+def _correlation(scale: Callable[[np.ndarray], np.ndarray], answers: Answers, accepted: Accepted) -> Statistic:
     given, right, unread = _numbers(answers, accepted)
 
-    def statistic(first: np.ndarray, second: np.ndarray) -> float:
-        if len(np.unique(first)) < 2 or len(np.unique(second)) < 2:
+    def of(rows: np.ndarray) -> float:
+        first, second = given[rows], right[rows]
+        if np.ptp(first) == 0 or np.ptp(second) == 0:
             return 0.0  # equal numbers rank nothing
-        return function(first, second).statistic
+        return float(np.corrcoef(scale(first), scale(second))[0, 1])
 
-    return whole_score(statistic, given, right, unread=unread)
-
-
-@register("pearson", KNOWN["pearson"])
-def pearson(answers: Answers, accepted: Accepted) -> Score:
-    return _correlation(pearsonr, answers, accepted)
+    return Statistic(of, unread)
 
 
-@register("spearman", KNOWN["spearman"])
-def spearman(answers: Answers, accepted: Accepted) -> Score:
-    return _correlation(spearmanr, answers, accepted)
+@register_whole("pearson", KNOWN["pearson"])
+def pearson(answers: Answers, accepted: Accepted) -> Statistic:
+    return _correlation(np.asarray, answers, accepted)
+
+
+@register_whole("spearman", KNOWN["spearman"])
+def spearman(answers: Answers, accepted: Accepted) -> Statistic:
+    return _correlation(rankdata, answers, accepted)
 
 
 def perplexity(losses: Sequence[float], tokens: Sequence[int]) -> Score:
