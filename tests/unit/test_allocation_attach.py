@@ -41,6 +41,7 @@ from monkeyjump.allocation import (
     save_peft,
     uniform_peft,
 )
+from monkeyjump.mamba import patch_mamba
 from monkeyjump.tasks import InputError
 from tiny import VOCAB, llama, position_dependent, tokens, trainable
 
@@ -70,7 +71,15 @@ def gpt2() -> GPT2LMHeadModel:
     return seeded(lambda: GPT2LMHeadModel(GPT2Config(**shape)))
 
 
-MODELS = [mamba, mamba2, falcon_mamba, llama, gpt2]
+def patched_mamba() -> MambaForCausalLM:
+    return patch_mamba(mamba())
+
+
+def patched_mamba2() -> Mamba2ForCausalLM:
+    return patch_mamba(mamba2())
+
+
+MODELS = [mamba, mamba2, falcon_mamba, patched_mamba, patched_mamba2, llama, gpt2]
 each_model = pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
 
 
@@ -169,7 +178,7 @@ def test_a_copy_has_its_own_adapters():
         assert not bias.bias.any()
 
 
-@pytest.mark.parametrize("make", [mamba, mamba2, llama], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [mamba, mamba2, patched_mamba, patched_mamba2, llama], ids=lambda make: make.__name__)
 def test_generation_with_and_without_cache(make: Callable[[], PreTrainedModel]):
     model = adapted(make)
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -278,7 +287,7 @@ def test_a_gradient_that_is_not_finite_is_named():
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")  # of transformers
-@pytest.mark.parametrize("make", [mamba, llama], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [mamba, patched_mamba, llama], ids=lambda make: make.__name__)
 def test_compiled_is_eager(make: Callable[[], nn.Module]):
     model = adapted(make)
     inputs = batch(5)
