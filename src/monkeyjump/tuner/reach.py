@@ -85,7 +85,8 @@ def why_silent(model: nn.Module, name: str, training: bool) -> str | None:
             f"not on others, and PEFT refuses it on Mamba{remedy}"
         )
     if training and importlib.util.find_spec("mamba_ssm") is not None:
-        return f"mamba_ssm is installed, and its fused kernel reads {leaf}.weight in training and skips the adapter{remedy}"
+        reader = "mamba_ssm is installed, and its fused kernel"
+        return f"{reader} reads {leaf}.weight in training and skips the adapter{remedy}"
     return None
 
 
