@@ -50,7 +50,7 @@ def test_without_chat_template(task):
 
 
 def test_an_answer_without_tokens_is_refused(task, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Prompts, "_answer", lambda self, text: [])
+    monkeypatch.setattr(Prompts, "_answer", lambda self, text, verbatim: [])
     with pytest.raises(InputError, match="a row: answer 'negative' of task films has no tokens"):
         Prompts(tokenizer()).encode(task, 0, LONG)
 

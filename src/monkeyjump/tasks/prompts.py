@@ -84,8 +84,10 @@ class Prompts:
         }
         return [*self._system, {"role": "user", "content": task.instruction.format(**fields)}]
 
-    def pieces(self, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
+    def pieces(self, turns: Sequence[Turn], verbatim: bool = False) -> list[tuple[str, bool]]:
         """Text up to the answer, as (text, supervised) pieces in order."""
+        if not self.template and verbatim:
+            return [(plain_text(turns), False)]
         if not self.template:
             return [(f"{plain_text(turns)}\nAnswer:", False)]
         pieces, done = [], 0
@@ -114,7 +116,7 @@ class Prompts:
 
     def inputs(self, task: Task, example: Example, answer: int = 0) -> dict[str, Any]:
         """Everything up to where the answer, of so many tokens, begins: input_ids, labels, pictures."""
-        found = self._encoded(self.pieces(self.turns(task, example)), example)
+        found = self._encoded(self.pieces(self.turns(task, example), task.verbatim), example)
         if self.max_length is None:
             return found
         limit = max((len(self._ids(text)) for text in _cuttable(example)), default=0)
@@ -127,7 +129,7 @@ class Prompts:
                     hint="raise max_length, or shorten the instruction",
                 )
             limit = max(1, limit - max(1, excess // max(1, len(_cuttable(example)))))
-            found = self._encoded(self.pieces(self.turns(task, example, limit)), example)
+            found = self._encoded(self.pieces(self.turns(task, example, limit), task.verbatim), example)
         return found
 
     def prompt(self, task: Task, example: Example) -> Tokens:
@@ -137,16 +139,16 @@ class Prompts:
     def choices(self, task: Task, example: Example | None = None) -> list[Tokens]:
         """The answers of the task, or of a row with its own, as they follow a prompt, without the end token."""
         spoken = task.choices if example is None else example.spoken
-        return [self._answer(text) for text in spoken]
+        return [self._answer(text, task.verbatim) for text in spoken]
 
-    def _answer(self, text: str) -> Tokens:
-        lead = "" if self.template else " "
+    def _answer(self, text: str, verbatim: bool = False) -> Tokens:
+        lead = "" if self.template or verbatim else " "
         return self._ids(lead + text)
 
     def encode(self, task: Task, task_id: int, example: Example) -> dict[str, Any]:
         """A training row: input_ids, attention_mask, labels (lists of one length), task, task_ids, pictures."""
         text = example.gold[0] if example.gold else task.choices[example.answer]
-        answer = self._answer(text)
+        answer = self._answer(text, task.verbatim)
         if not answer:
             raise InputError(
                 f"{example.where}: answer '{text}' of task {task.name} has no tokens",

@@ -100,9 +100,9 @@ class VisionPrompts(Prompts):
             first["media"] = [{"type": task.media.kind}] * count
         return turns
 
-    def pieces(self, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
+    def pieces(self, turns: Sequence[Turn], verbatim: bool = False) -> list[tuple[str, bool]]:
         if self.template:
-            return super().pieces(turns)
+            return super().pieces(turns, verbatim)
         token = {"image": self.processor.image_token, "video": self.processor.video_token}
         marks = "".join(token[item["type"]] + "\n" for turn in turns for item in turn.get("media", []))
         return [(f"{marks}{plain_text(turns)}\nAnswer:", False)]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from monkeyjump.evaluation.sandbox.runner import check_sandbox
+from monkeyjump.tasks.description import Task
 from monkeyjump.tasks.errors import InputError
 
 _allowed: ContextVar[bool] = ContextVar("allow_code", default=False)
@@ -28,3 +30,11 @@ def require_consent(what: str) -> None:
             f"{what} runs code that the model writes, which is off unless asked for",
             hint="add --allow-code (in Python: with monkeyjump.evaluation.sandbox.allow_code():)",
         )
+
+
+def check_tasks(tasks: Iterable[Task]) -> None:
+    """Raises InputError, before any long work, where a task runs code and nobody has allowed it or nothing can."""
+    for task in tasks:
+        if task.code is not None:
+            require_consent(f"task {task.name}")
+            check_sandbox()
