@@ -165,6 +165,12 @@ def test_merged_is_adapted_and_removed_is_the_base(make: Callable[[], nn.Module]
     attach_peft(model, alternating(model), batch())  # and again
 
 
+def test_modules_that_stay_frozen_keep_their_class():
+    model = adapted(mamba, lambda model: uniform_peft(model, "lora", only=["in_proj"], peft_r=2))
+    merge_peft(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in mamba().modules()]
+
+
 def test_a_copy_has_its_own_adapters():
     model = adapted(mamba)
     before = logits(model)

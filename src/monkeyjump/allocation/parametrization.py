@@ -104,8 +104,10 @@ def adapters_on(module: nn.Module) -> dict[str, Adapter]:
 
 def take_off(module: nn.Module, merge: bool) -> None:
     """Remove a module's adapters; `merge` leaves the adapted tensors, else the original ones come back."""
-    _own_class(module)
-    for name in adapters_on(module):
+    adapted = adapters_on(module)
+    if adapted:
+        _own_class(module)
+    for name in adapted:
         parametrize.remove_parametrizations(module, name, leave_parametrized=merge)
 
 
