@@ -178,6 +178,39 @@ LAYOUTS: dict[str, Layout] = {
             },
         },
     ),
+    "cnn_dailymail": (
+        Features(dict.fromkeys(("article", "highlights", "id"), TEXT)),
+        lambda n: {"article": f"Storm {n} came.\nIt went.", "highlights": f"A storm {n} .", "id": str(n)},
+    ),
+    "hotpot_qa": (
+        Features(
+            dict.fromkeys(("id", "question", "answer", "type", "level"), TEXT)
+            | {"supporting_facts": {"title": TEXTS, "sent_id": List(INT)}}
+            | {"context": {"title": TEXTS, "sentences": List(TEXTS)}}
+        ),
+        lambda n: {
+            "id": str(n),
+            "question": f"Which river is in town {n}?",
+            "answer": f"River {n}",
+            "type": "bridge",
+            "level": "hard",
+            "supporting_facts": {"title": ["Town"], "sent_id": [0]},
+            "context": {
+                "title": ["Town", "River"],
+                "sentences": [[f"Town {n} is old.", "It has a river."], [f"River {n} is long."]],
+            },
+        },
+    ),
+    "humaneval": (
+        Features(dict.fromkeys(("task_id", "prompt", "canonical_solution", "test", "entry_point"), TEXT)),
+        lambda n: {
+            "task_id": f"HumanEval/{n}",
+            "prompt": f'import math\n\n\ndef add_{n}(x: int) -> int:\n    """ Return x plus {n}.\n    """\n',
+            "canonical_solution": f"    result = x + {n}\n    return result\n",
+            "test": f"\n\ndef check(candidate):\n    for x in (1, -2):\n        assert candidate(x) == x + {n}\n",
+            "entry_point": f"add_{n}",
+        },
+    ),
     "text_recognition": (
         Features({"image": Image(), "text": TEXT}),
         lambda n: {"image": picture(n), "text": f"SALE{n}"},

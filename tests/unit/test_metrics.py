@@ -31,7 +31,7 @@ def test_every_named_metric_is_there_and_scores_gold_as_one():
     assert set(known_metrics()) | {"perplexity"} == set(KNOWN)
     answers = ["yes of course", "a red car and a dog", "3.5 %"] * 5
     numbers = ["0.5", "3.5", "1.5", "4.0", "2.5"] * 3
-    for name in known_metrics():
+    for name in known_metrics().keys() - {"pass@1"}:  # whose answers are programs: test_tasks_mamba.py
         given = numbers if name in ("pearson", "spearman") else answers
         assert score(name, given, [[text] for text in given]).value == pytest.approx(1.0), name
 

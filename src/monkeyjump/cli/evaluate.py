@@ -32,6 +32,12 @@ def evaluate(
         Path, typer.Argument(metavar="RUN", help="Folder of a run, of an adapter alone, or of runs METHOD-seedN.")
     ],
     tasks: Tasks = None,
+    suite: Annotated[
+        str | None, typer.Option(help="A suite of tasks: mamba (CNN/DailyMail, HotpotQA, HumanEval).")
+    ] = None,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Run programs that the model writes (pass@1), in a sandbox.")
+    ] = False,
     model: BaseModel = None,
     against: Annotated[
         str | None,
@@ -61,8 +67,11 @@ def evaluate(
       monkeyjump evaluate runs/mine --tasks boolq --tasks my-task.yaml --generate
 
       monkeyjump evaluate my-adapter --model ./llama --tasks boolq
+
+      monkeyjump evaluate runs/mine --suite mamba --allow-code
     """
     from monkeyjump.cli.quiet import quiet
+    from monkeyjump.evaluation.sandbox import allow_code as allowing
     from monkeyjump.training.folder import is_run
     from monkeyjump.training.subject import is_adapter
 
@@ -78,12 +87,27 @@ def evaluate(
         screen.say(run_lm_eval(subject, lm_eval.split(","), limit, batch_size))
         return 0
     show = _Show(screen, as_json, markdown)
-    asked = _Asked(tuple(tasks or ()), model, limit, batch_size, generate)
-    if is_run(run) or is_adapter(run):
-        _one(run, against, asked, show)
-    else:
-        _many(run, against, asked, show)
+    names = (*(tasks or ()), *(_suite(suite, allow_code, screen) if suite else ()))
+    asked = _Asked(names, model, limit, batch_size, generate)
+    with allowing(allow_code):
+        if is_run(run) or is_adapter(run):
+            _one(run, against, asked, show)
+        else:
+            _many(run, against, asked, show)
     return 0
+
+
+def _suite(name: str, allow_code: bool, screen: Screen) -> list[str]:
+    """The tasks of a suite, those that run code only where that is allowed."""
+    from monkeyjump.tasks.listing import mamba_suite
+
+    if name != "mamba":
+        raise InputError(f"--suite: unknown suite '{name}'", hint=near_miss(name, ["mamba"], "suites"))
+    found = mamba_suite()
+    for task in found:
+        if task.code is not None and not allow_code:
+            screen.note(f"{task.name} is left out: it runs code that the model writes; --allow-code asks for it")
+    return [task.name for task in found if allow_code or task.code is None]
 
 
 @dataclass(frozen=True)

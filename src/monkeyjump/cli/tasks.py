@@ -9,7 +9,7 @@ import typer
 
 from monkeyjump.tasks.description import Task
 from monkeyjump.tasks.errors import InputError
-from monkeyjump.tasks.listing import markdown_table, metric_table, notes, rows_of, source_of, suite
+from monkeyjump.tasks.listing import mamba_suite, markdown_table, metric_table, notes, rows_of, source_of, suite
 from monkeyjump.tasks.origins import FileSource, PackageSource
 from monkeyjump.tasks.packages import PACKAGES, cached
 from monkeyjump.tasks.reading import catalog, find_task, read_task
@@ -43,7 +43,7 @@ def tasks(
 
     screen = Screen()
     if markdown:
-        screen.say("\n\n".join([metric_table(), markdown_table(suite()), notes()]))
+        screen.say("\n\n".join([metric_table(), markdown_table(suite()), markdown_table(mamba_suite()), notes()]))
     elif not names:
         _list(screen)
     elif names[0] == "validate":
@@ -64,6 +64,9 @@ def _list(screen: Screen) -> None:
         _add(table, read_task(path))
     table.add_section()
     for task in suite():
+        _add(table, task)
+    table.add_section()
+    for task in mamba_suite():
         _add(table, task)
     screen.out.print(table)
     screen.say("`monkeyjump tasks NAME` shows one; a task of your own is one YAML file (docs/tasks.md).")
@@ -108,7 +111,7 @@ def _show_row(task: Task, screen: Screen) -> None:
 
     loaded = load_task(task, "full", say=screen.note)
     screen.say(f"Found: {len(loaded.train):,} training rows, {len(loaded.test):,} test rows ({counts(loaded.dropped)})")
-    example = loaded.train[0]
+    example = (loaded.train or loaded.test)[0]
     if example.turns:
         text = "\n".join(f"{turn['role']}: {turn['content']}" for turn in example.turns)
     else:
@@ -116,7 +119,7 @@ def _show_row(task: Task, screen: Screen) -> None:
     pictures = (
         f" [{len(example.media)} {'frames' if task.modality == 'video' else 'pictures'}]" if example.media else ""
     )
-    screen.say(f"A training row ({example.where}){pictures}:\n{_indented(text)}")
+    screen.say(f"{'A training' if loaded.train else 'A test'} row ({example.where}){pictures}:\n{_indented(text)}")
     screen.say(f"  -> {f'{task.answer_prefix} {example.gold[0]}'.strip()}")
 
 

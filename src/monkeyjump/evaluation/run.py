@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from monkeyjump.evaluation.questions import Questions, told
 from monkeyjump.evaluation.results import TaskResult, record_of, result_from, result_of
+from monkeyjump.evaluation.sandbox import check_tasks
 from monkeyjump.evaluation.scoring import answer, tokens_of
 from monkeyjump.tasks import Collator, InputError, LoadedTask
 from monkeyjump.tasks.cache import MANIFEST, sha256_of, verify_manifest, write_in_one_piece
@@ -47,6 +48,7 @@ def evaluate(
         InputError: the adapter is damaged or has no effect, or tasks are wrong.
     """
     loaded = load_tasks(subject.asked)
+    check_tasks(one.task for one in loaded)
     asked = {
         "tasks": {one.task.name: fingerprint(one) for one in loaded},
         "max_length": subject.asked.max_length,

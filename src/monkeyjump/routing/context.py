@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
 
 from monkeyjump.routing.checks import refuse_rows
 from monkeyjump.routing.pooling import Granularity, end_of_length, prompt_end
@@ -36,7 +37,7 @@ class Frame:
         adapter_names: B names, where every row takes an adapter of its own.
         position_ids: `[B, T]`, where the caller gave them.
         packed: whether the caller passed sequence boundaries of a padding-free batch.
-        offset: tokens already in the cache.
+        offset: tokens already in the cache (see `_tokens_in`).
         prompt_columns: how many columns of the batch are prompt, while generating.
         decoder_columns: the same of a decoder beside an encoder, as wide as its first call.
         takes_text: whether the call was given tokens or their embeddings (a vision tower is not).
@@ -103,7 +104,7 @@ class ForwardContext:
         cache = next((given[name] for name in CACHE_KEYWORDS if given.get(name) is not None), None)
         if cache is not None and (self.sequence_modes or _is_square(frame.mask)):
             # asked here, before the first block lengthens the cache
-            frame.offset = int(cache.get_seq_length())
+            frame.offset = _tokens_in(cache)
         return args, kwargs
 
     def leave(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
@@ -206,6 +207,14 @@ class ForwardContext:
         elif attended is not None:
             return
         refuse_rows(restarts.any(-1), packed)
+
+
+def _tokens_in(cache: Any) -> int:
+    """How many tokens a cache holds; of one that keeps states and no tokens, 1 where there are any."""
+    layers = cache.__dict__.get("layers")  # a cache of an encoder-decoder is made of two
+    if layers and not any(isinstance(layer, CacheLayerMixin) for layer in layers):
+        return int(cache.has_previous_state())
+    return int(cache.get_seq_length())
 
 
 def as_attended(mask: Any, batch: int, length: int, offset: int) -> Tensor | None:

@@ -77,6 +77,14 @@ class Media(Strict):
     end: str | None = Field(default=None, description="column of the second at which it ends")
 
 
+class Code(Strict):
+    """Columns of what judges an answer that is a program (pass@1): it goes on after the prompt."""
+
+    prompt: str = Field(description="the beginning of the program, verbatim")
+    tests: str = Field(description="Python that defines check(candidate)")
+    entry: str = Field(description="name of the function that is checked")
+
+
 class Size(Strict):
     """At most so many rows, null for all; what a task really has is said before training."""
 
@@ -107,6 +115,12 @@ class Task(Strict):
     )
     instruction: str = Field(default="", description="the user's turn, with {field} where a column goes")
     blank: list[str] = Field(default=[], description="fields that may be empty; a row with another empty is dropped")
+    joined: list[str] = Field(default=[], description="fields whose cell is a list of texts, or a list of such lists")
+    verbatim: bool = Field(
+        default=False, description="a model without a chat template sees the instruction alone and goes on writing"
+    )
+    code: Code | None = Field(default=None, description="the answer is a program, for the metric pass@1")
+    tests_only: bool = Field(default=False, description="all rows are test rows, and none is for training")
     messages: str | None = Field(default=None, description="column of a chat: list of {role:, content:}")
     media: Media | None = None
     choices: list[str] = Field(default=[], description="the answers, as the model is to say them")
@@ -201,12 +215,15 @@ class Task(Strict):
         for name in DRAWN:
             if name in used and not getattr(self, name):
                 raise ValueError(f"instruction uses {{{name}}} but the task gives no {name}")
-        for option in ("apart", "blank"):
+        for option in ("apart", "blank", "joined"):
             unknown = set(getattr(self, option)) - set(self.fields) - set(DRAWN)
             if unknown:
                 raise ValueError(f"{option}: {sorted(unknown)} are no fields of the instruction ({self.fields})")
 
     def _check_answers(self) -> None:
+        programs = "pass@1" in (self.metric, *self.also)
+        if programs != bool(self.code) or (programs and self.answer != "text"):
+            raise ValueError("metric pass@1, answer: text and code: {prompt:, tests:, entry:} belong together")
         if self.is_free:
             if self.choices or self.options:
                 raise ValueError(f"answer: {self.answer} leaves no room for choices or options")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
-from monkeyjump.tasks.description import LETTERS, Band, Options, Task
+from monkeyjump.tasks.description import LETTERS, Band, Code, Options, Task
 from monkeyjump.tasks.errors import InputError, near_miss
 from monkeyjump.tasks.lines import Row
 
@@ -21,7 +22,8 @@ class Example:
 
     fields: of the instruction. answer: index of the right one of `spoken`, -1 where answers are free.
     spoken: all the row may be answered with, as the model is to say it; empty where answers are free.
-    gold: accepted answers, the one to train on first. turns: a chat before its answer, instead of fields.
+    gold: accepted answers, the one to train on first; of a program, the solution and what judges an answer.
+    turns: a chat before its answer, instead of fields.
     media: pictures, or the frames of one video.
     """
 
@@ -71,11 +73,11 @@ def read_row(task: Task, row: Row) -> Example | str:
             return f"{column} is none of {', '.join(map(str, values))}"
     if task.messages:
         return _chat(task, row, task.messages)
-    fields = {name: str(_scalar(task, row, name)).strip() for name in task.fields}
+    fields = {name: _text(task, row, name) for name in task.fields}
     if not all(text or name in task.blank for name, text in fields.items()):
         return "empty text"
     if task.is_free:
-        gold = _accepted(task, row)
+        gold = _accepted(task, row) if task.code is None else _program(task, row, task.code)
         return Example(fields, where=row.where, gold=gold) if gold else NO_ANSWER
     if task.options:
         return _with_options(task, row, task.options, fields)
@@ -108,6 +110,23 @@ def _scalar(task: Task, row: Row, field: str) -> Any:
     if value is None or isinstance(value, dict | list):
         raise _wrong_type(task, row, column, "text or a number", value, f"columns.{field}")
     return value
+
+
+def _text(task: Task, row: Row, field: str) -> str:
+    """A field of the instruction; the texts of an inner list are joined by blanks, those of the outer by lines."""
+    if field not in task.joined:
+        return str(_scalar(task, row, field)).strip()
+    column = task.columns[field]
+    value = _value(task, row, column, f"columns.{field}")
+    items = value if isinstance(value, list) else [None]
+    parts = [" ".join(item) if _all_text(item) else item for item in items]
+    if not _all_text(parts):
+        raise _wrong_type(task, row, column, "a list of texts, or of lists of them", value, f"columns.{field}")
+    return "\n".join(parts).strip()
+
+
+def _all_text(items: Any) -> TypeGuard[list[str]]:
+    return isinstance(items, list) and all(isinstance(item, str) for item in items)
 
 
 def _wrong_type(task: Task, row: Row, column: str, expected: str, value: Any, field: str) -> InputError:
@@ -217,6 +236,17 @@ def _accepted(task: Task, row: Row) -> tuple[str, ...]:
         return tuple(f"{number:.{task.decimals}f}" for number in numbers)
     texts = [str(item).strip() for item in items if item is not None and str(item).strip()]
     return tuple(sorted(texts, key=lambda text: -texts.count(text)))
+
+
+def _program(task: Task, row: Row, code: Code) -> tuple[str, ...]:
+    """The solution as it follows the prompt, and what judges an answer: JSON {prompt, tests, entry}."""
+    solution = str(_scalar(task, row, "label")).rstrip()
+    judge = {}
+    for name, column in vars(code).items():
+        judge[name] = _value(task, row, column, f"code.{name}")
+        if not isinstance(judge[name], str):
+            raise _wrong_type(task, row, column, "text", judge[name], f"code.{name}")
+    return ("\n" + solution.lstrip("\n"), json.dumps(judge)) if solution else ()
 
 
 def _in_range(task: Task, row: Row, label: Any) -> float:

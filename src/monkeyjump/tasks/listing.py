@@ -56,6 +56,21 @@ def suite() -> list[Task]:
     return sorted(tasks, key=lambda task: (order[task.modality], task.family, task.name))
 
 
+def mamba_suite() -> list[Task]:
+    """What Mamba models are evaluated on, beside perplexity."""
+    return [read_task(path) for path in catalog("mamba").values()]
+
+
+def _sizes_of(task: Task) -> tuple[str, str]:
+    """Training and test rows as the table says them: the paper's, or at most the task's own full size."""
+    most = task.sizes.full
+    if task.tests_only:
+        return "none", _count(most.test)
+    if task.paper is None:
+        return f"≤ {_count(most.train)}", f"≤ {_count(most.test)}"
+    return f"{task.paper.train:,}" if task.paper.train else f"≤ {_count(most.train)}", f"{task.paper.test:,}"
+
+
 def markdown_table(tasks: Iterable[Task]) -> str:
     """The table of docs/tasks.md."""
     table = hub_table()
@@ -63,15 +78,13 @@ def markdown_table(tasks: Iterable[Task]) -> str:
     for task in tasks:
         source = task.source
         assert isinstance(source, HubSource)
-        assert task.paper is not None
         entry = table[source.id]
         cells = [
             task.name,
             f"{task.family} ({task.modality})",
             source_of(task),
             f"{source.train_split} / {source.test_split or 'same'}",
-            f"{task.paper.train:,}" if task.paper.train else f"≤ {task.sizes.full.train:,}",
-            f"{task.paper.test:,}",
+            *_sizes_of(task),
             ", ".join([task.metric, *task.also]),
             entry.columns,
             entry.loaded,

@@ -87,7 +87,9 @@ def load_task(
     dropped: Counter[str] = Counter()
     draw = np.random.default_rng([seed, int.from_bytes(hashlib.sha256(task.name.encode()).digest()[:8], "little")])
     pool = unique(task, survey(task, raw.train, dropped), dropped)
-    if raw.test is None:
+    if task.tests_only:
+        test, train = sample(task, pool, limits.test or len(pool), draw), pool.take(np.zeros(0, np.int64))
+    elif raw.test is None:
         test, train = split(task, pool, _both(limits, len(pool)), draw)
     else:
         held = unique(task, survey(task, raw.test, dropped), dropped)
@@ -124,7 +126,7 @@ def _both(limits: Size, pool: int) -> tuple[int, int]:
 
 def _check_sizes(task: Task, found: dict[str, Survey], dropped: Counter[str]) -> None:
     for name, rows in found.items():
-        if len(rows):
+        if len(rows) or (task.tests_only and name == "train"):
             continue
         kind, hint = ("balanced ", "every choice needs at least two rows; ") if task.balanced else ("", "")
         raise InputError(

@@ -16,5 +16,6 @@ KNOWN: dict[str, str] = {
     "rouge1": "F-measure of single words (ROUGE-1)",
     "rouge2": "F-measure of word pairs (ROUGE-2)",
     "rougeL": "F-measure of the longest common subsequence (ROUGE-L)",
+    "pass@1": "share of rows whose program passes its tests, in a sandbox (HumanEval)",
     "perplexity": "exp of the mean negative log-likelihood of a token",
 }

@@ -85,10 +85,10 @@ class Prompts:
         }
         return [*self._system, {"role": "user", "content": task.instruction.format(**fields)}]
 
-    def pieces(self, turns: Sequence[Turn], prefix: str = "") -> list[tuple[str, bool]]:
-        """Text up to the answer, as (text, supervised) pieces in order; it ends with `prefix`."""
+    def pieces(self, turns: Sequence[Turn], task: Task) -> list[tuple[str, bool]]:
+        """Text up to the answer, as (text, supervised) pieces in order; it ends with the task's answer_prefix."""
         if not self.template:
-            return [(with_prefix(f"{plain_text(turns)}\nAnswer:", prefix), False)]
+            return [(plain_prompt(turns, task), False)]
         pieces, done = [], 0
         spoken = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
         for number in spoken:
@@ -100,7 +100,7 @@ class Prompts:
                 )
             pieces += [(before[done:], False), (after[len(before) :], True)]
             done = len(after)
-        return [*pieces, (with_prefix(self._render(turns)[done:], prefix), False)]
+        return [*pieces, (with_prefix(self._render(turns)[done:], task.answer_prefix), False)]
 
     def _encoded(self, pieces: Sequence[tuple[str, bool]], example: Example) -> dict[str, Any]:
         """-> input_ids and labels of the pieces, lists of one length."""
@@ -115,7 +115,7 @@ class Prompts:
 
     def inputs(self, task: Task, example: Example, answer: int = 0) -> dict[str, Any]:
         """Everything up to where the answer, of so many tokens, begins: input_ids, labels, pictures."""
-        found = self._encoded(self.pieces(self.turns(task, example), task.answer_prefix), example)
+        found = self._encoded(self.pieces(self.turns(task, example), task), example)
         if self.max_length is None:
             return found
         limit = max((len(self._ids(text)) for text in _cuttable(example)), default=0)
@@ -128,7 +128,7 @@ class Prompts:
                     hint="raise max_length, or shorten the instruction",
                 )
             limit = max(1, limit - max(1, excess // max(1, len(_cuttable(example)))))
-            found = self._encoded(self.pieces(self.turns(task, example, limit), task.answer_prefix), example)
+            found = self._encoded(self.pieces(self.turns(task, example, limit), task), example)
         return found
 
     def prompt(self, task: Task, example: Example) -> Tokens:
@@ -141,7 +141,7 @@ class Prompts:
         return [self._answer(task, text) for text in spoken]
 
     def _answer(self, task: Task, text: str) -> Tokens:
-        lead = " " if task.answer_prefix or not self.template else ""
+        lead = " " if task.answer_prefix or not (self.template or task.verbatim) else ""
         return self._ids(lead + text)
 
     def encode(self, task: Task, task_id: int, example: Example) -> dict[str, Any]:
@@ -171,6 +171,12 @@ def with_prefix(text: str, prefix: str) -> str:
     if not prefix:
         return text
     return f"{text}{prefix}" if text[-1:].isspace() else f"{text} {prefix}"
+
+
+def plain_prompt(turns: Sequence[Turn], task: Task) -> str:
+    """What a model without a chat template reads before the answer."""
+    text = plain_text(turns)
+    return with_prefix(text if task.verbatim else f"{text}\nAnswer:", task.answer_prefix)
 
 
 def plain_text(turns: Sequence[Turn]) -> str:

@@ -15,11 +15,12 @@ from monkeyjump.tasks import description, origins
 from monkeyjump.tasks.description import Task
 from monkeyjump.tasks.errors import InputError, near_miss
 
-Group = Literal["demo", "suite"]
+Group = Literal["demo", "suite", "mamba"]
 
 
 def catalog(group: Group | None = None) -> dict[str, Path]:
-    """Name -> file of the tasks that come with the package: the demo's, the 47 of the paper's suite, or all."""
+    """Name -> file of the tasks that come with the package: the demo's, the 47 of the paper's suite,
+    those that Mamba models are evaluated on, or all."""
     folder = Path(str(files(__package__) / "catalog")) / (group or "")
     return {path.stem: path for path in sorted(folder.rglob("*.yaml"))}
 

@@ -56,7 +56,8 @@ def columns_used(task: Task) -> set[str]:
     """Every column that is needed to check a row, pictures aside."""
     options = task.options or Options(column="-")
     extra = [task.messages, options.column, options.keys, *options.columns]
-    named = {*task.columns.values(), *task.keep, *(name for name in extra if name)}
+    judged = vars(task.code).values() if task.code else ()
+    named = {*task.columns.values(), *task.keep, *judged, *(name for name in extra if name)}
     return named | {name.split(".")[0] for name in named}
 
 

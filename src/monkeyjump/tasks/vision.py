@@ -20,7 +20,7 @@ from transformers.utils import is_torchvision_available
 from monkeyjump.tasks.description import Task
 from monkeyjump.tasks.errors import InputError
 from monkeyjump.tasks.examples import Example
-from monkeyjump.tasks.prompts import IGNORED, Prompts, Tokens, Turn, plain_text, with_prefix
+from monkeyjump.tasks.prompts import IGNORED, Prompts, Tokens, Turn, plain_prompt
 from monkeyjump.tasks.stacking import VIDEOS
 
 
@@ -100,12 +100,12 @@ class VisionPrompts(Prompts):
             first["media"] = [{"type": task.media.kind}] * count
         return turns
 
-    def pieces(self, turns: Sequence[Turn], prefix: str = "") -> list[tuple[str, bool]]:
+    def pieces(self, turns: Sequence[Turn], task: Task) -> list[tuple[str, bool]]:
         if self.template:
-            return super().pieces(turns, prefix)
+            return super().pieces(turns, task)
         token = {"image": self.processor.image_token, "video": self.processor.video_token}
         marks = "".join(token[item["type"]] + "\n" for turn in turns for item in turn.get("media", []))
-        return [(with_prefix(f"{marks}{plain_text(turns)}\nAnswer:", prefix), False)]
+        return [(marks + plain_prompt(turns, task), False)]
 
     def _encoded(self, pieces: Sequence[tuple[str, bool]], example: Example) -> dict[str, Any]:
         if not example.media:

@@ -2,7 +2,8 @@
 
 transformers' Mamba computes `self.dt_proj.weight @ x`, torch's `MultiheadAttention` hands
 `self.out_proj.weight` to one function: an adapter on such a module is created, counted and saved,
-changes nothing and gets no gradient. The source of the parent's class tells.
+changes nothing and gets no gradient. The source of the parent's class tells. The mixers that
+`monkeyjump.mamba.patch_mamba` puts in place of transformers' call all their projections as modules.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ import torch
 from torch import nn
 
 logger = logging.getLogger("monkeyjump")
-FUSED_MIXER = ("x_proj", "out_proj")  # handed to mamba_ssm's fused kernel as weights, in training
+PATCHED = "monkeyjump.mamba.patch_mixers"  # named, not imported: it loads models of transformers
+PATCHABLE = ("MambaMixer", "FalconMambaMixer", "Mamba2Mixer")
+# what a mixer hands to mamba_ssm's fused kernels as weights, in training, and how its source shows it
+FUSED_MIXER = {"x_proj": "mamba_inner_fn", "out_proj": r"mamba_inner_fn|outproj_weight=self\.out_proj\.weight"}
 
 
 def check_reach(model: nn.Module, names: Iterable[str], training: bool) -> None:
@@ -64,22 +68,31 @@ def why_silent(model: nn.Module, name: str, training: bool) -> str | None:
     """Why an adapter on this module would not act, or would get no gradient; None where it does."""
     path, _, leaf = name.rpartition(".")
     owner: Any = type(model.get_submodule(path))
+    if owner.__module__ == PATCHED:
+        return f"{owner.__name__} reads conv1d.weight directly" if leaf == "conv1d" else None
     forward, everything = _sources(owner)
+    remedy = " (patch_mamba of monkeyjump.mamba makes it act)" if _is_mended(owner, leaf) else ""
     if f"self.{leaf}.weight" in forward and not re.search(rf"self\.{leaf}\(", everything):
         return (
             f"{owner.__name__} reads {leaf}.weight directly and never calls the module, so its adapter would get no "
-            "gradient and change nothing"
+            f"gradient and change nothing{remedy}"
         )
-    if "mamba_inner_fn" not in forward or leaf not in FUSED_MIXER:
+    if leaf not in FUSED_MIXER or not re.search(FUSED_MIXER[leaf], forward):
         return None
     if leaf == "out_proj":
         return (
             f"the fused kernel of {owner.__name__} reads {leaf}.weight, so its adapter would act on some machines and "
-            "not on others, and PEFT refuses it on Mamba"
+            f"not on others, and PEFT refuses it on Mamba{remedy}"
         )
     if training and importlib.util.find_spec("mamba_ssm") is not None:
-        return f"mamba_ssm is installed, and its fused kernel reads {leaf}.weight in training and skips the adapter"
+        reader = "mamba_ssm is installed, and its fused kernel"
+        return f"{reader} reads {leaf}.weight in training and skips the adapter{remedy}"
     return None
+
+
+def _is_mended(owner: type, leaf: str) -> bool:
+    """Whether `patch_mamba` would make an adapter on this child act."""
+    return owner.__name__ in PATCHABLE and leaf != "conv1d"
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Metrics by name. `score("rougeL", answers, accepted)`; `register` adds one's own."""
 
 from monkeyjump.evaluation.metrics.answers import squad_normal, vqa_normal
+from monkeyjump.evaluation.metrics.code import pass_at_k, score_programs
 from monkeyjump.evaluation.metrics.scores import (
     Score,
     Statistic,
@@ -18,10 +19,12 @@ __all__ = [
     "Statistic",
     "known_metrics",
     "mean_score",
+    "pass_at_k",
     "perplexity",
     "register",
     "register_whole",
     "score",
+    "score_programs",
     "squad_normal",
     "vqa_normal",
     "whole_difference",
