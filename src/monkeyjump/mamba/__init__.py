@@ -1,0 +1,1 @@
+"""Mamba: channel order, learned masks, physically smaller models."""
