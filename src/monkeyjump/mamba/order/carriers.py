@@ -75,6 +75,6 @@ def _adapter_axes(layer: BaseTunerLayer, name: str, axis: int, where: str) -> li
 def move(parameter: nn.Parameter, axis: int, index: Tensor, states: dict[str, Any]) -> None:
     """Index `parameter`, its gradient and the optimizer's `states` of it along `axis`, in place."""
     with torch.no_grad():
-        for tensor in (parameter.data, parameter.grad, *states.values()):
+        for tensor in (parameter, parameter.grad, *states.values()):
             if isinstance(tensor, Tensor) and tensor.shape == parameter.shape:
                 tensor.copy_(tensor.index_select(axis, index.to(tensor.device)))
