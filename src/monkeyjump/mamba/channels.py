@@ -15,12 +15,16 @@ skip `D * u`, and what the unit adds to x_proj, norm and out_proj are 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaMixer
+from transformers.models.jamba.modeling_jamba import JambaMambaMixer
+from transformers.models.mamba.modeling_mamba import MambaMixer
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 GATE = "channel_gate"  # the submodule of a block that holds the logits of its learned mask
@@ -60,6 +64,9 @@ class ChannelGroup:
     resize: Callable[[Any, int], None] = field(default=lambda block, units: None)
 
 
+Describe = Callable[[str, Any], ChannelGroup]
+
+
 def channel_groups(model: nn.Module, mlps: bool = True) -> dict[str, ChannelGroup]:
     """The inner channels (heads) of every mixer and, with `mlps`, of every gated MLP, by the block's path.
 
@@ -67,15 +74,13 @@ def channel_groups(model: nn.Module, mlps: bool = True) -> dict[str, ChannelGrou
     """
     groups = {}
     for name, module in model.named_modules():
-        kind = _kind(module)
-        if kind == "mlp" and mlps:
-            groups[name] = _with_gate(_mlp_group(name, module))
-        elif kind in MIXERS:
-            groups[name] = _with_gate(MIXERS[kind](name, module))
+        describe = _mlp_group if mlps and _is_gated_mlp(module) else _known(module, MIXERS)
+        if describe is not None:
+            groups[name] = _with_gate(describe(name, module))
     if not groups:
         raise ValueError(
             f"model={type(model).__name__} has no block whose channels are known: "
-            f"it takes {', '.join(MIXERS)} or an MLP of {', '.join(MLP_PROJECTIONS)}"
+            f"it takes {_names(MIXERS)} or an MLP of {', '.join(MLP_PROJECTIONS)}"
         )
     return groups
 
@@ -85,13 +90,13 @@ def state_groups(model: nn.Module) -> dict[str, ChannelGroup]:
 
     Raises `ValueError` if the model has none.
     """
-    groups = {
-        f"{name}:states": STATES[type(module).__name__](f"{name}:states", module)
-        for name, module in model.named_modules()
-        if type(module).__name__ in STATES
-    }
+    groups = {}
+    for name, module in model.named_modules():
+        describe = _known(module, STATES)
+        if describe is not None:
+            groups[f"{name}:states"] = describe(f"{name}:states", module)
     if not groups:
-        raise ValueError(f"model={type(model).__name__} has no scan whose states can go: it takes {', '.join(STATES)}")
+        raise ValueError(f"model={type(model).__name__} has no scan whose states can go: it takes {_names(STATES)}")
     return groups
 
 
@@ -137,9 +142,17 @@ def section_of(group: ChannelGroup) -> Tensor:
     return torch.arange(group.units) // (group.units // group.sections)
 
 
-def _kind(module: nn.Module) -> str:
-    children = dict(module.named_children())
-    return "mlp" if all(name in children for name in MLP_PROJECTIONS) else type(module).__name__
+def _is_gated_mlp(module: nn.Module) -> bool:
+    return set(MLP_PROJECTIONS) <= dict(module.named_children()).keys()
+
+
+def _known(module: nn.Module, table: Mapping[type, Describe]) -> Describe | None:
+    """Of the module's class or one that it is a subclass of (our patched mixers)."""
+    return next((describe for cls, describe in table.items() if isinstance(module, cls)), None)
+
+
+def _names(table: Mapping[type, Describe]) -> str:
+    return ", ".join(cls.__name__ for cls in table)
 
 
 def _with_gate(group: ChannelGroup) -> ChannelGroup:
@@ -297,13 +310,10 @@ def _resize_mamba2_states(block: Any, units: int) -> None:
     block.conv_dim = block.intermediate_size + 2 * block.n_groups * units
 
 
-MIXERS: dict[str, Callable[[str, Any], ChannelGroup]] = {
-    "MambaMixer": _mamba_group,
-    "FalconMambaMixer": _mamba_group,
-    "JambaMambaMixer": _mamba_group,
-    "Mamba2Mixer": _mamba2_group,
+MIXERS: dict[type, Describe] = {
+    MambaMixer: _mamba_group,
+    FalconMambaMixer: _mamba_group,
+    JambaMambaMixer: _mamba_group,
+    Mamba2Mixer: _mamba2_group,
 }
-STATES: dict[str, Callable[[str, Any], ChannelGroup]] = {
-    "MambaMixer": _mamba_states,
-    "Mamba2Mixer": _mamba2_states,
-}
+STATES: dict[type, Describe] = {MambaMixer: _mamba_states, Mamba2Mixer: _mamba2_states}
