@@ -44,7 +44,7 @@ def main() -> None:
             speed = ratio(seconds["dense"], seconds[name])
             found[f"{mode}: {name}"] = {"ratio": speed.median, "low": speed.low, "high": speed.high}
             least = 1e3 * min(seconds[name])
-            print(f"{mode:9} {name:16} {speed.median:5.2f} x [{speed.low:.2f}, {speed.high:.2f}]  least {least:.1f} ms")
+            print(f"{mode:9} {name:18} {speed.median:5.2f} x [{speed.low:.2f}, {speed.high:.2f}]  least {least:.1f} ms")
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

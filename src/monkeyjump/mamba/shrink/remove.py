@@ -54,7 +54,7 @@ def shrink(model: Model, keep: Mapping[str, Tensor]) -> Model:
             )
         _check_units(groups[name], units)
         _refuse_covered(groups[name])
-    for states in sorted(set(names.values())):  # channels first: where states lie depends on how many channels there are
+    for states in sorted(set(names.values())):  # channels first: where states lie depends on their number
         groups = _groups(model, states)
         for name in (name for name, of_states in names.items() if of_states == states):
             _remove(groups[name], keep[name])
