@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import IA3Config, LoraConfig
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -64,6 +65,11 @@ def export_peft(model: nn.Module, folder: str | Path) -> list[Path]:
 def _unsupported(model: nn.Module, one: ModulePlan) -> str | None:
     if isinstance(model.get_submodule(one.name), nn.Conv1d):
         return "a depthwise convolution"
+    if one.kind == "lora":
+        try:
+            _check_lora_target_modules_mamba(LoraConfig(), model, one.name.rpartition(".")[2])
+        except ValueError:
+            return "PEFT refuses LoRA on it in a Mamba model"
     return why_silent(model, one.name, training=True)
 
 
