@@ -1,0 +1,240 @@
+"""Stock Hugging Face models, patched: everything they give equals what their own slow path gives."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import (
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
+from transformers.models.mamba.modeling_mamba import MambaMixer
+
+from monkeyjump.mamba import patch_mamba, patched_mamba, unpatch_mamba
+from monkeyjump.mamba.patch_mixers import SCANNING, ScanMambaMixer
+from tiny import VOCAB, llama, position_dependent, tokens
+
+SHAPE = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "pad_token_id": 0}
+HEADS = {"head_dim": 8, "num_heads": 4, "n_groups": 2, "chunk_size": 16, "state_size": 8}
+DRAWN = {
+    "mamba": (MambaForCausalLM, MambaConfig, {"state_size": 16}),
+    "falcon": (FalconMambaForCausalLM, FalconMambaConfig, {"state_size": 8}),
+    "mamba2": (Mamba2ForCausalLM, Mamba2Config, HEADS),
+}
+every = pytest.mark.parametrize("kind", DRAWN)
+
+
+def drawn(kind: str, **changes: object) -> nn.Module:
+    model, config, own = DRAWN[kind]
+    torch.manual_seed(0)
+    made = model(config(**{**SHAPE, **own, **changes})).eval()
+    position_dependent(made.parameters(), 0.03)
+    return made
+
+
+def left_padded_batch() -> dict[str, Tensor]:
+    ids, mask = tokens(3, 40), torch.ones(3, 40, dtype=torch.long)
+    mask[1, :13] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def outcome(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    out = model.train()(**batch)
+    out.loss.backward()
+    model.eval()
+    return out.logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_near(found: Tensor, expected: Tensor, tolerance: float = 1e-5, name: str = "") -> None:
+    error = float((found.double() - expected).abs().max() / expected.abs().max())
+    assert error < tolerance, (name, error)
+
+
+def assert_same_outcome(found: tuple, expected: tuple, tolerance: float = 1e-5) -> None:
+    assert_near(found[0], expected[0], tolerance, "logits")
+    assert found[1].keys() == expected[1].keys()
+    for name in found[1]:
+        assert_near(found[1][name], expected[1][name], tolerance, name)
+
+
+@every
+def test_logits_and_all_gradients(kind: str) -> None:
+    model, batch = drawn(kind), left_padded_batch()
+    stock = outcome(model, batch)
+    with patched_mamba(model):
+        patched = outcome(model, batch)
+    assert set(patched[1]) == {n for n, _ in model.named_parameters()}
+    assert_same_outcome(patched, stock)
+
+
+@every
+def test_padding_changes_nothing(kind: str) -> None:
+    model, batch = patch_mamba(drawn(kind)), left_padded_batch()
+    with torch.no_grad():
+        padded = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[1, 13:]
+        alone = model(batch["input_ids"][1:2, 13:]).logits[0]
+    torch.testing.assert_close(padded, alone, rtol=1e-5, atol=1e-5)
+
+
+@every
+@pytest.mark.parametrize("length", [2, 11])
+def test_generation(kind: str, length: int) -> None:
+    model, prompt = drawn(kind), tokens(2, length)
+    asked = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "output_scores": True}
+    asked["return_dict_in_generate"] = True
+    stock = model.generate(prompt, **asked)
+    with patched_mamba(model):
+        cached, plain = model.generate(prompt, **asked), model.generate(prompt, use_cache=False, **asked)
+    for other in (cached, plain):
+        assert torch.equal(other.sequences, stock.sequences)
+        torch.testing.assert_close(torch.stack(other.scores), torch.stack(stock.scores), rtol=1e-5, atol=1e-5)
+
+
+@every
+def test_beams_and_padded_prompts(kind: str) -> None:
+    model, prompt, mask = drawn(kind), tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    asked = {"max_new_tokens": 6, "do_sample": False, "num_beams": 3, "attention_mask": mask, "eos_token_id": None}
+    stock = model.generate(prompt, **asked)
+    with patched_mamba(model):
+        assert torch.equal(model.generate(prompt, **asked), stock)
+
+
+@every
+def test_a_prompt_in_two_parts(kind: str) -> None:
+    """The stock Mamba forgets its state here (its kernel takes none); patched, the parts are the whole."""
+    model, ids = patch_mamba(drawn(kind)), tokens(2, 30)
+    with torch.no_grad():
+        whole = model(ids).logits
+        first = model(ids[:, :17], use_cache=True)
+        second = model(ids[:, 17:], cache_params=first.cache_params, use_cache=True)
+    parts = torch.cat([first.logits, second.logits], 1)
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
+
+
+@every
+def test_under_gradient_checkpointing(kind: str) -> None:
+    model, batch = patch_mamba(drawn(kind)), left_padded_batch()
+    plain = outcome(model, batch)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same_outcome(outcome(model, batch), plain)
+
+
+@every
+def test_in_bfloat16(kind: str) -> None:
+    model, batch = drawn(kind), left_padded_batch()
+    exact = outcome(patch_mamba(model), batch)
+    half = outcome(model.bfloat16(), batch)
+    assert_near(half[0], exact[0], 0.05)
+    assert all(g.dtype == torch.bfloat16 and g.isfinite().all() for g in half[1].values())
+
+
+@every
+def test_compiled(kind: str) -> None:
+    model, batch = patch_mamba(drawn(kind)), left_padded_batch()
+    plain = outcome(model, batch)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_same_outcome(outcome(compiled, batch), (plain[0], {f"_orig_mod.{n}": g for n, g in plain[1].items()}))
+
+
+@every
+def test_adapters_on_every_projection_act_and_get_gradients(kind: str) -> None:
+    """With the stock forward an adapter on dt_proj is passed by."""
+    targets = ["in_proj"] if kind == "mamba2" else ["in_proj", "x_proj", "dt_proj"]
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    model, batch = get_peft_model(patch_mamba(drawn(kind)), config), left_padded_batch()
+    adapted = outcome(model, batch)
+    assert len(adapted[1]) == 2 * 2 * len(targets)
+    assert all(float(g.abs().max()) > 0 for g in adapted[1].values())
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(**batch).logits, adapted[0], rtol=1e-4, atol=1e-4)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def test_parametrized_weights_act() -> None:
+    model, batch = patch_mamba(drawn("mamba")), left_padded_batch()
+    twin, names = copy.deepcopy(model), ("in_proj", "x_proj", "dt_proj", "out_proj", "conv1d")
+    for name in names:
+        parametrize.register_parametrization(getattr(model.backbone.layers[0].mixer, name), "weight", Doubled())
+        getattr(twin.backbone.layers[0].mixer, name).weight.data *= 2
+    torch.testing.assert_close(model(**batch).logits, twin(**batch).logits)
+
+
+def test_widths_are_read_off_the_weights() -> None:
+    """One layer with half of its channels, as after shrinking: the config knows nothing of it."""
+    model, batch = patch_mamba(drawn("mamba")), left_padded_batch()
+    mixer = model.backbone.layers[1].mixer
+    kept = torch.arange(0, mixer.intermediate_size, 2)
+    gated = copy.deepcopy(model)
+    with torch.no_grad():
+        gated.backbone.layers[1].mixer.conv1d.weight[1::2] = 0
+        gated.backbone.layers[1].mixer.conv1d.bias[1::2] = 0
+        both = torch.cat([kept, kept + mixer.intermediate_size])
+        for module, name, index, dim in (
+            (mixer.in_proj, "weight", both, 0),
+            (mixer.conv1d, "weight", kept, 0),
+            (mixer.conv1d, "bias", kept, 0),
+            (mixer.x_proj, "weight", kept, 1),
+            (mixer.dt_proj, "weight", kept, 0),
+            (mixer.dt_proj, "bias", kept, 0),
+            (mixer, "A_log", kept, 0),
+            (mixer, "D", kept, 0),
+            (mixer.out_proj, "weight", kept, 1),
+        ):
+            setattr(module, name, nn.Parameter(getattr(module, name).index_select(dim, index)))
+    torch.testing.assert_close(model(**batch).logits, gated(**batch).logits, rtol=1e-5, atol=1e-5)
+    asked = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(tokens(), **asked), gated.generate(tokens(), **asked))
+
+
+def test_patching_is_undone_and_leaves_what_was_patched() -> None:
+    model = drawn("mamba")
+    kinds = lambda: {type(block.mixer) for block in model.backbone.layers}  # noqa: E731
+    assert patch_mamba(model) is model
+    assert kinds() == {ScanMambaMixer}
+    with patched_mamba(model):
+        pass
+    assert kinds() == {ScanMambaMixer}
+    assert unpatch_mamba(model) is model
+    assert kinds() == {MambaMixer}
+    with pytest.raises(IndexError), patched_mamba(model):
+        model(torch.full((1, 2), VOCAB))
+    assert kinds() == {MambaMixer}
+    assert unpatch_mamba(model) is model
+
+
+def test_copies_and_pickles_stay_patched() -> None:
+    model, batch = patch_mamba(drawn("mamba")), left_padded_batch()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(twin.backbone.layers[0].mixer) is ScanMambaMixer
+        torch.testing.assert_close(twin(**batch).logits, model(**batch).logits)
+
+
+def test_a_saved_model_is_a_stock_model(tmp_path) -> None:
+    model, batch = patch_mamba(drawn("mamba")), left_padded_batch()
+    model.save_pretrained(tmp_path)
+    loaded = MambaForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded.backbone.layers[0].mixer) is MambaMixer
+    torch.testing.assert_close(loaded.eval()(**batch).logits, model(**batch).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_without_mamba_is_refused() -> None:
+    known = "MambaMixer, FalconMambaMixer, Mamba2Mixer"
+    with pytest.raises(ValueError, match=f"LlamaForCausalLM has no module of a class that can be patched: {known}"):
+        patch_mamba(llama())
+    assert len(SCANNING) == 3
