@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -205,8 +203,8 @@ def test_shapes_on_the_meta_device(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", FAST)
 def test_the_operation_keeps_the_rules_of_torch(backend: str) -> None:
-    u, delta, a, b, c, *_, first = leaves(inputs(2, 20, 33, 4))
-    arguments = (backend, u, delta.detach().abs().requires_grad_(), a, b, c, first, True)
+    u, delta, a, b, c, d, *_, first = leaves(inputs(2, 20, 33, 4))
+    arguments = (backend, u, delta.detach().abs().requires_grad_(), a, b, c, d, first, True)
     torch.library.opcheck(torch.ops.monkeyjump.selective_scan.default, arguments)
 
 
@@ -245,12 +243,15 @@ def test_the_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     assert [r.message for r in caplog.records if "selective_scan" in r.message] == [caplog.records[0].message]
 
 
-def test_without_the_compiled_scan_torch_serves_and_says_so() -> None:
-    asked = (
-        "import torch; from monkeyjump.mamba import selective_scan\n"
-        "x, b = torch.rand(1, 2, 3), torch.rand(1, 4, 3)\n"
-        "for _ in range(2): selective_scan(x, x, -torch.rand(2, 4), b, b)"
-    )
-    environment = {"MONKEYJUMP_NATIVE": "0", "PYTHONPATH": ":".join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=True)
-    assert done.stderr.count("selective_scan: backend chunked, slower: the compiled scan is not there") == 1
+def test_without_the_compiled_scan_torch_serves_and_says_so(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "COMPILED", False)
+    choice._said.clear()
+    for _ in range(2):
+        scan("auto", inputs(1, 3, 6, 4))
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.message.startswith("selective_scan: backend chunked, slower: the compiled scan is not there")
+    with pytest.raises(RuntimeError, match="install a compiler"):
+        scan("native", inputs(1, 3, 6, 4))

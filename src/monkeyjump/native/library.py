@@ -25,8 +25,8 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "mj_dropout_bits": (None, [c_uint64, c_uint32, c_int64, c_int, c_void_p]),
     "mj_route": (c_int, [*[c_void_p] * 2, *[c_int64] * 5, *[c_float] * 2, c_int, *[c_void_p] * 3]),
     "mj_center_sums": (c_int, [*[c_void_p] * 2, *[c_int64] * 3, *[c_int] * 2, *[c_void_p] * 2]),
-    "mj_scan_forward": (None, [*[c_void_p] * 7, *[c_int64] * 4, c_int, *[c_void_p] * 3]),
-    "mj_scan_backward": (c_int, [*[c_void_p] * 9, *[c_int64] * 4, c_int, *[c_void_p] * 6]),
+    "mj_scan_forward": (None, [*[c_void_p] * 8, *[c_int64] * 4, c_int, *[c_void_p] * 3]),
+    "mj_scan_backward": (c_int, [*[c_void_p] * 10, *[c_int64] * 4, c_int, *[c_void_p] * 7]),
 }
 
 

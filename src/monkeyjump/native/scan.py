@@ -29,7 +29,7 @@ def kept_shape(u: Tensor, states: int) -> tuple[int, ...]:
 
 
 def forward(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, first: Tensor | None, keep: bool
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, first: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`y` `[B, D, L]`, the last state `[B, D, N]` and the checkpoints (empty unless asked to `keep` them).
 
@@ -37,14 +37,15 @@ def forward(
         u, delta: `[B, D, L]`, any strides.
         A, first: `[D, N]`, `[B, D, N]` or None.
         B, C: `[B, N, L]`.
+        D: `[D]` or None.
     """
     (batch, channels, length), states = u.shape, A.shape[1]
     b, c, a = _by_step(B), _by_step(C), A.contiguous()
-    start = None if first is None else first.contiguous()
+    skip, start = _dense(D), _dense(first)
     y, last = torch.empty_like(u), u.new_empty(batch, channels, states)
     kept = u.new_empty(kept_shape(u, states) if keep else 0)
     sizes = (batch, channels, length, states, _threads(u, states))
-    inputs = (*map(_at, (u, delta, a, b, c, start)), _strides(u, delta, y))
+    inputs = (*map(_at, (u, delta, a, b, c, skip, start)), _strides(u, delta, y))
     _lib().mj_scan_forward(*inputs, *sizes, _at(y), _at(last), _at(kept) if keep else None)
     return y, last, kept
 
@@ -55,14 +56,15 @@ def backward(
     A: Tensor,
     B: Tensor,
     C: Tensor,
+    D: Tensor | None,
     kept: Tensor,
     grad: Tensor,
     grad_last: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """The gradients of u, delta, A, B, C and of the first state, in their shapes.
+    """The gradients of u, delta, A, B, C, D (as if it were there) and of the first state, in their shapes.
 
     Args:
-        u, delta, A, B, C, kept: what `forward` took and gave.
+        u, delta, A, B, C, D, kept: what `forward` took and gave.
         grad, grad_last: `[B, D, L]` of y, `[B, D, N]` of the last state or None.
 
     Raises:
@@ -70,16 +72,18 @@ def backward(
     """
     (batch, channels, length), states = u.shape, A.shape[1]
     b, c, a = _by_step(B), _by_step(C), A.contiguous()
-    end = None if grad_last is None else grad_last.contiguous()
+    skip, end = _dense(D), _dense(grad_last)
     grad_u, grad_delta = torch.empty_like(u), torch.empty_like(delta)
     grad_a, grad_first = (u.new_empty(batch, channels, states) for _ in range(2))
+    grad_skip = u.new_empty(batch, channels)
     grad_b, grad_c = (u.new_empty(batch, _parts(channels, TILE * GROUP), length, states) for _ in range(2))
-    inputs = (*map(_at, (u, delta, a, b, c, kept, grad, end)), _strides(u, delta, grad, grad_u, grad_delta))
+    inputs = (*map(_at, (u, delta, a, b, c, skip, kept, grad, end)), _strides(u, delta, grad, grad_u, grad_delta))
     sizes = (batch, channels, length, states, _threads(u, states))
-    outputs = map(_at, (grad_u, grad_delta, grad_a, grad_b, grad_c, grad_first))
+    outputs = map(_at, (grad_u, grad_delta, grad_a, grad_b, grad_c, grad_first, grad_skip))
     if _lib().mj_scan_backward(*inputs, *sizes, *outputs):
         raise MemoryError("the scan found no memory for what its threads carry")
-    return grad_u, grad_delta, grad_a.sum(0), *(g.sum(1).transpose(1, 2) for g in (grad_b, grad_c)), grad_first
+    grad_b, grad_c = (g.sum(1).transpose(1, 2) for g in (grad_b, grad_c))
+    return grad_u, grad_delta, grad_a.sum(0), grad_b, grad_c, grad_skip.sum(0), grad_first
 
 
 def _lib() -> ctypes.CDLL:
@@ -91,6 +95,10 @@ def _lib() -> ctypes.CDLL:
 def _by_step(t: Tensor) -> Tensor:
     """`[B, N, L]` as contiguous `[B, L, N]`."""
     return t.transpose(1, 2).contiguous()
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
 
 
 def _at(t: Tensor | None) -> int | None:

@@ -2,14 +2,15 @@
 
        e[n]  = exp(delta[d, t] A[d, n])
        h[n] <- e[n] h[n] + delta[d, t] u[d, t] B[t, n]         for t = 0 .. L - 1, from a given state or zero
-       y[d, t] = sum_n h[n] C[t, n]
+       y[d, t] = sum_n h[n] C[t, n] + D[d] u[d, t]
 
    and, walking back with g = dL/dh and q = dL/dy:
 
        g[n]  += q[d, t] C[t, n]                                gC[t, n] += q h[n] over all d
        gB[t, n] += g[n] delta u over all d                     w[n] = g[n] e[n] h_before[n]
-       gA[d, n] += w[n] delta over all t                       gu[d, t] = delta sum_n g[n] B[t, n]
-       gdelta[d, t] = sum_n w[n] A[d, n] + u sum_n g[n] B      g[n]  *= e[n]
+       gA[d, n] += w[n] delta over all t                       gu[d, t] = delta sum_n g[n] B[t, n] + D[d] q
+       gdelta[d, t] = sum_n w[n] A[d, n] + u sum_n g[n] B      gD[d] += q u over all t
+       g[n]  *= e[n]
 
    The lanes of a vector are channels d, which do not depend on each other: no sum across lanes is needed but those of
    gB and gC, taken once for a whole group of channels. TILE channels go together over CHUNK steps at a time, gathered
@@ -26,6 +27,13 @@
 #define GROUP 4                /* tiles of one batch row whose gB and gC are summed before they are written */
 #define MOST_STATES 256
 
+/* Eight of the sixteen numbers of two vectors. */
+#if defined(__clang__) || __GNUC__ >= 12
+#define MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define MIX(a, b, ...) __builtin_shuffle(a, b, (i8){__VA_ARGS__})
+#endif
+
 /* A [B, D, L] tensor of any strides. */
 typedef struct {
     float *at;
@@ -34,7 +42,7 @@ typedef struct {
 
 typedef struct {
     Strided u, delta;
-    const float *a, *b, *c; /* [D, N], [B, L, N], [B, L, N] */
+    const float *a, *b, *c, *skip; /* [D, N], [B, L, N], [B, L, N], [D] or NULL */
     int64_t channels, length, states, tiles, chunks;
 } Operands;
 
@@ -64,26 +72,62 @@ INLINE Row zero(void) {
     return row;
 }
 
+/* Eight rows of eight numbers as their eight columns. */
+INLINE void transpose(v8 row[LANES]) {
+    v8 pair[LANES], four[LANES];
+    for (int i = 0; i < LANES; i += 2) {
+        pair[i] = MIX(row[i], row[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        pair[i + 1] = MIX(row[i], row[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+    for (int i = 0; i < LANES; i += 4)
+        for (int j = 0; j < 2; j++) {
+            four[i + 2 * j] = MIX(pair[i + j], pair[i + 2 + j], 0, 1, 8, 9, 4, 5, 12, 13);
+            four[i + 2 * j + 1] = MIX(pair[i + j], pair[i + 2 + j], 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+    for (int i = 0; i < 4; i++) {
+        row[i] = MIX(four[i], four[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        row[i + 4] = MIX(four[i], four[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+}
+
 /* steps x TILE numbers of a tensor, those of channels beyond the last as zero. */
 INLINE void gather(const Strided *from, int64_t batch, int64_t d, int64_t channels, int64_t t, int steps, Row *out) {
     const float *at = from->at + batch * from->batch + d * from->channel + t * from->step;
-    float *to = (float *)out;
-    if (channels < TILE) memset(out, 0, sizeof(Row) * (size_t)steps);
-    if (from->channel == 1 && channels == TILE)
-        for (int s = 0; s < steps; s++) memcpy(to + s * TILE, at + s * from->step, sizeof(Row));
-    else
+    const int whole = channels == TILE;
+    if (whole && from->channel == 1) {
+        for (int s = 0; s < steps; s++) memcpy(out + s, at + s * from->step, sizeof(Row));
+    } else if (whole && steps == CHUNK && from->step == 1) {
+        for (int i = 0; i < WIDTH; i++)
+            for (int s = 0; s < CHUNK; s += LANES) {
+                v8 row[LANES];
+                for (int j = 0; j < LANES; j++) row[j] = load(at + (i * LANES + j) * from->channel + s);
+                transpose(row);
+                for (int j = 0; j < LANES; j++) out[s + j].lane[i] = row[j];
+            }
+    } else {
+        memset(out, 0, sizeof(Row) * (size_t)steps);
         for (int i = 0; i < channels; i++)
-            for (int s = 0; s < steps; s++) to[s * TILE + i] = at[i * from->channel + s * from->step];
+            for (int s = 0; s < steps; s++) ((float *)(out + s))[i] = at[i * from->channel + s * from->step];
+    }
 }
 
 INLINE void scatter(const Row *in, const Strided *to, int64_t batch, int64_t d, int64_t channels, int64_t t, int steps) {
     float *at = to->at + batch * to->batch + d * to->channel + t * to->step;
-    const float *from = (const float *)in;
-    if (to->channel == 1 && channels == TILE)
-        for (int s = 0; s < steps; s++) memcpy(at + s * to->step, from + s * TILE, sizeof(Row));
-    else
+    const int whole = channels == TILE;
+    if (whole && to->channel == 1) {
+        for (int s = 0; s < steps; s++) memcpy(at + s * to->step, in + s, sizeof(Row));
+    } else if (whole && steps == CHUNK && to->step == 1) {
+        for (int i = 0; i < WIDTH; i++)
+            for (int s = 0; s < CHUNK; s += LANES) {
+                v8 row[LANES];
+                for (int j = 0; j < LANES; j++) row[j] = in[s + j].lane[i];
+                transpose(row);
+                for (int j = 0; j < LANES; j++) store(at + (i * LANES + j) * to->channel + s, row[j]);
+            }
+    } else {
         for (int i = 0; i < channels; i++)
-            for (int s = 0; s < steps; s++) at[i * to->channel + s * to->step] = from[s * TILE + i];
+            for (int s = 0; s < steps; s++) at[i * to->channel + s * to->step] = ((const float *)(in + s))[i];
+    }
 }
 
 /* [channels, N] into N rows and back; those of channels beyond the last are zero. */
@@ -98,6 +142,13 @@ INLINE void scatter_states(const Row *in, int64_t channels, int64_t states, floa
         for (int64_t n = 0; n < states; n++) to[i * states + n] = ((const float *)in)[n * TILE + i];
 }
 
+/* One number for each channel from `d` on; zeros without `from`. */
+INLINE Row gather_channels(const float *from, int64_t d, int64_t channels) {
+    Row row = zero();
+    if (from) memcpy(&row, from + d, sizeof(float) * (size_t)channels);
+    return row;
+}
+
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 #define LOG2_E 1.44269504088896341f
@@ -108,6 +159,7 @@ INLINE void forward_tile(const Operands *op, const Strided *y, int64_t batch, in
                          const float *first, float *last, Row *kept) {
     const int64_t d = tile * TILE, channels = least(TILE, op->channels - d), at = (batch * op->channels + d) * states;
     Row a[MOST_STATES], h[MOST_STATES], u[CHUNK], delta[CHUNK], out[CHUNK];
+    const Row skip = gather_channels(op->skip, d, channels);
     gather_states(op->a + d * states, channels, states, LOG2_E, a);
     if (first)
         gather_states(first + at, channels, states, 1, h);
@@ -120,7 +172,8 @@ INLINE void forward_tile(const Operands *op, const Strided *y, int64_t batch, in
         gather(&op->delta, batch, d, channels, t0, steps, delta);
         const float *b = op->b + (batch * op->length + t0) * states, *c = op->c + (batch * op->length + t0) * states;
         for (int s = 0; s < steps; s++, b += states, c += states) {
-            Row sum = zero();
+            Row sum;
+            for (int i = 0; i < WIDTH; i++) sum.lane[i] = skip.lane[i] * u[s].lane[i];
             for (int64_t n = 0; n < states; n++)
                 for (int i = 0; i < WIDTH; i++) {
                     const v8 step = delta[s].lane[i];
@@ -136,7 +189,7 @@ INLINE void forward_tile(const Operands *op, const Strided *y, int64_t batch, in
 
 /* What the backward pass carries from chunk to chunk for one tile. */
 typedef struct {
-    Row a[MOST_STATES], g[MOST_STATES], ga[MOST_STATES];
+    Row a[MOST_STATES], g[MOST_STATES], ga[MOST_STATES], skip, gskip;
 } Carried;
 
 typedef struct {
@@ -144,6 +197,7 @@ typedef struct {
     const float *glast; /* [B, D, N] or NULL */
     const Row *kept;    /* [B, tiles, chunks, N] */
     float *ga, *gfirst; /* [B, D, N] each */
+    float *gskip;       /* [B, D] or NULL */
     float *gb, *gc;     /* [B, groups, L, N] each */
 } Gradients;
 
@@ -186,7 +240,8 @@ INLINE void backward_chunk(const Operands *op, const Gradients *of, int64_t batc
             gc[at] = of_c;
         }
         for (int i = 0; i < WIDTH; i++) {
-            gu[s].lane[i] = delta[s].lane[i] * added.lane[i];
+            gu[s].lane[i] = delta[s].lane[i] * added.lane[i] + carried->skip.lane[i] * q[s].lane[i];
+            carried->gskip.lane[i] += q[s].lane[i] * u[s].lane[i];
             gdelta[s].lane[i] = splat(LN_2) * decayed.lane[i] + u[s].lane[i] * added.lane[i];
         }
     }
@@ -207,6 +262,8 @@ INLINE void backward_group(const Operands *op, const Gradients *of, int64_t batc
         else
             memset(own->g, 0, sizeof(Row) * (size_t)states);
         memset(own->ga, 0, sizeof(Row) * (size_t)states);
+        own->skip = gather_channels(op->skip, d, channels);
+        own->gskip = zero();
     }
     for (int64_t t0 = (op->chunks - 1) * CHUNK; t0 >= 0; t0 -= CHUNK) {
         const int64_t size = least(CHUNK, op->length - t0) * states, at = ((batch * groups + group) * op->length + t0) * states;
@@ -223,6 +280,8 @@ INLINE void backward_group(const Operands *op, const Gradients *of, int64_t batc
         const int64_t d = tile * TILE, channels = least(TILE, op->channels - d), at = (batch * op->channels + d) * states;
         scatter_states(carried[tile - from].ga, channels, states, of->ga + at);
         scatter_states(carried[tile - from].g, channels, states, of->gfirst + at);
+        if (of->gskip)
+            memcpy(of->gskip + batch * op->channels + d, &carried[tile - from].gskip, sizeof(float) * (size_t)channels);
     }
 }
 
@@ -243,13 +302,14 @@ CLONED static void backward_of(const Operands *op, const Gradients *of, int64_t 
         backward_group(op, of, batch, group, op->states, carried, h, e, gb, gc);
 }
 
-static Operands operands(float *u, float *delta, const float *a, const float *b, const float *c, const int64_t *strides,
-                         int64_t channels, int64_t length, int64_t states) {
+static Operands operands(float *u, float *delta, const float *a, const float *b, const float *c, const float *skip,
+                         const int64_t *strides, int64_t channels, int64_t length, int64_t states) {
     return (Operands){{u, strides[0], strides[1], strides[2]},
                       {delta, strides[3], strides[4], strides[5]},
                       a,
                       b,
                       c,
+                      skip,
                       channels,
                       length,
                       states,
@@ -258,11 +318,11 @@ static Operands operands(float *u, float *delta, const float *a, const float *b,
 }
 
 /* Writes y [B, D, L] and the last states [B, D, N], and the checkpoints [B, tiles, chunks, N, TILE] unless NULL.
-   `strides` holds those of u, delta and y, in numbers. `first` [B, D, N] may be NULL. */
-void mj_scan_forward(float *u, float *delta, const float *a, const float *b, const float *c, const float *first,
-                     const int64_t *strides, int64_t batch, int64_t channels, int64_t length, int64_t states,
+   `strides` holds those of u, delta and y, in numbers. `skip` [D] and `first` [B, D, N] may be NULL. */
+void mj_scan_forward(float *u, float *delta, const float *a, const float *b, const float *c, const float *skip,
+                     const float *first, const int64_t *strides, int64_t batch, int64_t channels, int64_t length, int64_t states,
                      int threads, float *y, float *last, float *kept) {
-    const Operands op = operands(u, delta, a, b, c, strides, channels, length, states);
+    const Operands op = operands(u, delta, a, b, c, skip, strides, channels, length, states);
     const Strided out = {y, strides[6], strides[7], strides[8]};
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t item = 0; item < batch * op.tiles; item++)
@@ -271,17 +331,17 @@ void mj_scan_forward(float *u, float *delta, const float *a, const float *b, con
 }
 
 /* Writes the gradients: gu and gdelta [B, D, L], ga (per batch row) and gfirst [B, D, N], gb and gc (per group of
-   channels) [B, groups, L, N]. `strides` holds those of u, delta, q, gu and gdelta; q is dL/dy, glast (may be NULL)
+   channels) [B, groups, L, N], gskip (per batch row; may be NULL) [B, D]. `strides` holds those of u, delta, q, gu and gdelta; q is dL/dy, glast (may be NULL)
    that of the last states. Returns 0, or 1 where there is no memory for what the threads carry. */
-int mj_scan_backward(float *u, float *delta, const float *a, const float *b, const float *c, const float *kept, float *q,
-                     const float *glast, const int64_t *strides, int64_t batch, int64_t channels, int64_t length,
+int mj_scan_backward(float *u, float *delta, const float *a, const float *b, const float *c, const float *skip,
+                     const float *kept, float *q, const float *glast, const int64_t *strides, int64_t batch, int64_t channels, int64_t length,
                      int64_t states, int threads, float *gu, float *gdelta, float *ga, float *gb, float *gc,
-                     float *gfirst) {
-    const Operands op = operands(u, delta, a, b, c, strides, channels, length, states);
+                     float *gfirst, float *gskip) {
+    const Operands op = operands(u, delta, a, b, c, skip, strides, channels, length, states);
     const Gradients of = {{q, strides[6], strides[7], strides[8]},
                           {gu, strides[9], strides[10], strides[11]},
                           {gdelta, strides[12], strides[13], strides[14]},
-                          glast, (const Row *)kept, ga, gfirst, gb, gc};
+                          glast, (const Row *)kept, ga, gfirst, gskip, gb, gc};
     const int64_t groups = (op.tiles + GROUP - 1) / GROUP;
     const size_t rows = (size_t)(states * (2 * CHUNK + 1)), sums = (size_t)(states * 2 * CHUNK);
     int failed = 0;

@@ -39,12 +39,12 @@ class _Room(NamedTuple):
 
 
 def forward(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, first: Tensor | None, keep: bool
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, first: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`y` `[B, D, L]`, the last state `[B, D, N]` and the checkpoints (empty unless asked to `keep` them).
 
     Args:
-        u, delta, A, B, C, first: as in `reference.scan`.
+        u, delta, A, B, C, D, first: as in `reference.scan`.
     """
     states = A.shape[1]
     y, kept = torch.empty_like(u), u.new_empty(kept_shape(u, states) if keep else 0)
@@ -56,16 +56,26 @@ def forward(
         inside, _ = _states(chunk, A, h, room)
         y[:, :, at * CHUNK : (at + 1) * CHUNK] = (inside @ chunk.c[..., None]).squeeze(3).permute(1, 2, 0)
         h = inside[-1].clone()
+    if D is not None:
+        y.addcmul_(u, D[:, None])
     return y, h.clone() if h is first else h, kept
 
 
 def backward(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, kept: Tensor, grad: Tensor, grad_last: Tensor | None
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    kept: Tensor,
+    grad: Tensor,
+    grad_last: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """The gradients of u, delta, A, B, C and of the first state, in their shapes.
+    """The gradients of u, delta, A, B, C, D (as if it were there) and of the first state, in their shapes.
 
     Args:
-        u, delta, A, B, C, kept: what `forward` took and gave.
+        u, delta, A, B, C, D, kept: what `forward` took and gave.
         grad, grad_last: `[B, D, L]` of y, `[B, D, N]` of the last state or None.
     """
     (batch, channels, length), states = u.shape, A.shape[1]
@@ -79,8 +89,11 @@ def backward(
         grad_u[:, :, here], grad_delta[:, :, here] = (part.permute(1, 2, 0) for part in parts[:2])
         grad_b[:, here], grad_c[:, here] = (part.transpose(0, 1) for part in parts[2:4])
         grad_a += parts[4]
+    if D is not None:
+        grad_u.addcmul_(grad, D[:, None])
+    grad_d = (grad * u).sum((0, 2))
     first = carried.clone() if carried is grad_last else carried
-    return grad_u, grad_delta, grad_a, grad_b.transpose(1, 2), grad_c.transpose(1, 2), first
+    return grad_u, grad_delta, grad_a, grad_b.transpose(1, 2), grad_c.transpose(1, 2), grad_d, first
 
 
 def _chunks(u: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> list[_Chunk]:

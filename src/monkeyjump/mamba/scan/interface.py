@@ -2,9 +2,9 @@
 
     step = softplus(delta + delta_bias)                          [B, D, L]
     h[t] = exp(step[t] A) * h[t - 1] + step[t] u[t] B[t]         [B, D, N]
-    y[t] = sum_n h[t] C[t]  +  D u[t],   times silu(z[t])        [B, D, L]
+    y[t] = (sum_n h[t] C[t]  +  D u[t]) * silu(z[t])             [B, D, L]
 
-Only the middle line is a recurrence, and only that is what the backends differ in.
+The backends differ in how they take the recurrence in the middle, with the sums over its states.
 """
 
 from __future__ import annotations
@@ -60,14 +60,13 @@ def selective_scan(
         return (y, last) if return_last_state else y
     exact = torch.promote_types(u.dtype, torch.float32)
     x, step, a, b, c = (t.to(exact) for t in (u, delta, A, B, C))
-    first = None if initial_state is None else initial_state.to(exact)
+    d, first = (None if t is None else t.to(exact) for t in (D, initial_state))
     if delta_bias is not None:
         step = step + delta_bias.to(exact)[:, None]
     if delta_softplus:
         step = F.softplus(step)
-    y, last = reference.scan(x, step, a, b, c, first) if name == "reference" else op.scan(name, x, step, a, b, c, first)
-    if D is not None:
-        y = torch.addcmul(y, x, D.to(exact)[:, None])
+    recurrence = (x, step, a, b, c, d, first)
+    y, last = reference.scan(*recurrence) if name == "reference" else op.scan(name, *recurrence)
     if z is not None:
         y = y * F.silu(z.to(exact))
     y = y.to(u.dtype)

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 
-def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
+def scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, first: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """`y` `[B, D, L]` and the last state `[B, D, N]`, in the dtype of the arguments.
 
     Args:
         u, delta: `[B, D, L]`.
         A: `[D, N]`.
         B, C: `[B, N, L]`.
+        D: `[D]`, or None for zeros.
         first: `[B, D, N]`, or None for zeros.
     """
     h = u.new_zeros(*u.shape[:2], A.shape[1]) if first is None else first
@@ -24,4 +27,5 @@ def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, first: Tenso
     for x, step, b, c in zip(*(t.unbind(2) for t in (u, delta, B, C))):
         h = torch.exp(step[:, :, None] * A) * h + (step * x)[:, :, None] * b[:, None]
         ys.append((h * c[:, None]).sum(2))
-    return (torch.stack(ys, 2) if ys else u.clone()), h
+    y = torch.stack(ys, 2) if ys else u.clone()
+    return y if D is None else y + D[:, None] * u, h
