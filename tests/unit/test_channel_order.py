@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from transformers import Trainer, TrainingArguments
 from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
+from monkeyjump.allocation.parametrization import put_ia3, put_lora
 from monkeyjump.mamba.channel_importance import channel_importance
 from monkeyjump.mamba.channels import channel_groups, section_of, state_groups
 from monkeyjump.mamba.order import ChannelOrder, OrderUpdate, fold, inverse
@@ -141,6 +142,31 @@ def test_adapters_on_the_folded_projections_move_along(config: Any) -> None:
     before = logits(model)
     fold(model, random_orders(model))
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
+
+
+def test_allocated_adapters_move_along_with_their_moments() -> None:
+    plain, folded = (mamba().double() for _ in range(2))
+    for model in (plain, folded):
+        model.requires_grad_(False)
+        for number, module in enumerate(m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv1d)):
+            torch.manual_seed(number)
+            if module is not model.lm_head:
+                put_ia3(module) if number % 3 == 2 else put_lora(module, rank=2, scale=0.5)
+        model.double()
+    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2) for m in (plain, folded)]
+    for step in range(2):
+        for model, optimizer in zip((plain, folded), optimizers):
+            adamw_steps(model, optimizer, 3, first=3 * step)
+        if step == 0:
+            before = logits(folded)
+            orders = random_orders(folded)
+            fold(folded, orders, optimizers[1])
+            torch.testing.assert_close(logits(folded), before, rtol=0, atol=1e-10)
+    torch.testing.assert_close(logits(folded), logits(plain), rtol=0, atol=1e-6)
+    assert (logits(plain) - before).abs().max() > 1e-3
+    fold(folded, {block: inverse(order) for block, order in orders.items()}, optimizers[1])
+    for (key, expected), found in zip(plain.named_parameters(), folded.parameters()):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, msg=key)
 
 
 def test_what_cannot_move_is_refused_before_anything_has() -> None:

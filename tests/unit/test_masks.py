@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import Trainer, TrainingArguments
 
+from monkeyjump.allocation.parametrization import put_lora
 from monkeyjump.mamba.channel_importance import channel_importance
 from monkeyjump.mamba.channels import channel_groups
 from monkeyjump.mamba.masks import MaskConfig, MaskUpdate, attach_masks
@@ -171,6 +172,25 @@ def test_a_masked_model_can_be_copied_and_the_copy_lives_alone() -> None:
     twin(**batches()[0]).loss.backward()
     assert twin.backbone.layers[0].mixer.channel_gate.logits.grad is not None
     assert all(gate.logits.grad is None for gate in masks.gates.values())
+    masks.remove()
+    assert twin.backbone.layers[0].mixer.conv1d.weight.shape == (32, 1, 4)  # torch made one class for both
+    assert logits(twin).isfinite().all()
+
+
+def test_a_gate_closes_an_adapted_weight_and_leaves_the_adapter() -> None:
+    model = mamba()
+    conv = model.backbone.layers[0].mixer.conv1d
+    put_lora(conv, rank=2, scale=1.0)
+    nn.init.ones_(conv.parametrizations.weight[0].lora_B)
+    adapted = conv.weight.detach().clone()
+    masks = attach_masks(model, MaskConfig(target_sparsity=0.5))
+    masks.target = 0.5
+    logits(model)
+    assert not conv.weight[~masks.gates["backbone.layers.0.mixer"].kept].any()
+    with pytest.raises(ValueError, match="LowRank lies under a gate: merge the adapter"):
+        masks.remove(bake=True)
+    masks.remove()
+    assert torch.equal(conv.weight, adapted)
 
 
 # ---- budget and export

@@ -104,12 +104,12 @@ def adapters_on(module: nn.Module) -> dict[str, Adapter]:
 
 def take_off(module: nn.Module, merge: bool) -> None:
     """Remove a module's adapters; `merge` leaves the adapted tensors, else the original ones come back."""
-    _own_class(module)
+    own_class(module)
     for name in adapters_on(module):
         parametrize.remove_parametrizations(module, name, leave_parametrized=merge)
 
 
-def _own_class(module: nn.Module) -> None:
+def own_class(module: nn.Module) -> None:
     """Give a parametrized module a class that it shares with no copy of it.
 
     torch makes the class when it parametrizes and deletes the class's properties when it stops; a deepcopy has the

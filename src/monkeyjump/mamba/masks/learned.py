@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
+from monkeyjump.allocation.parametrization import own_class
 from monkeyjump.mamba.channel_importance import gated
 from monkeyjump.mamba.channels import GATE, ChannelGroup, channel_groups, state_groups, unit_rows
 from monkeyjump.mamba.masks.config import MaskConfig
@@ -181,6 +182,7 @@ class LearnedMasks:
 
 
 def _uncover(module: Any, name: str, bake: bool) -> None:
+    own_class(module)
     if len(module.parametrizations[name]) == 1:
         parametrize.remove_parametrizations(module, name, leave_parametrized=bake)
     else:

@@ -1,8 +1,8 @@
 """Which parameters hold an axis of a weight, adapters and masks on it included.
 
 A weight `W [out, in]` with low-rank adapters `B [out, r]`, `A [r, in]` holds its rows in `W` and `B`, its columns in
-`W` and `A`: an order of the rows moves both. Known are PEFT's LoRA and IA³, and parametrizations that say it
-themselves through `channel_axes`.
+`W` and `A`: an order of the rows moves both. Known are PEFT's LoRA and IA³, allocated adapters, and
+parametrizations that say it themselves through `channel_axes`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from monkeyjump.allocation.parametrization import Adapter, parameters_along
 
 Carrier = tuple[nn.Parameter, int]  # parameter, axis
 
@@ -38,12 +40,14 @@ def carriers(owner: Any, name: str, axis: int, where: str) -> list[Carrier]:
         chain = owner.parametrizations[name]
         found = [(_plain(chain.original, where, name), axis)]
         for step in chain:
-            if not isinstance(step, MovesWithChannels):
+            if isinstance(step, MovesWithChannels):
+                found += step.channel_axes(axis)
+            elif not isinstance(step, Adapter):
                 raise ValueError(
                     f"{where}.{name} carries {type(step).__name__}, which does not say how it follows an order of the "
                     f"channels: merge or remove it first, or give it a method channel_axes"
                 )
-            found += step.channel_axes(axis)
+        found += parameters_along(owner, name, axis)[1:]  # those of allocated adapters, after the weight itself
         return found
     return [(_plain(getattr(owner, name), where, name), axis)]
 
