@@ -50,7 +50,7 @@ def forward_flops(model: nn.Module, batch: int, length: int) -> Flops:
     Raises `ValueError` for Jamba, whose mixers multiply by a weight outside of its module.
     """
     mixers: dict[str, nn.Module] = {
-        name: module for name, module in model.named_modules() if isinstance(module, tuple(MIXERS))
+        name: module for name, module in model.named_modules() if any(isinstance(module, cls) for cls in MIXERS)
     }
     if any(isinstance(mixer, JambaMambaMixer) for mixer in mixers.values()):
         raise ValueError("JambaMambaMixer cannot be counted: its dt_proj is not called as a module")
