@@ -16,9 +16,10 @@ from typing import Any
 
 import typer
 from peft import PeftConfig
+from typer.core import TyperGroup
 
 import monkeyjump
-from monkeyjump import compat, ops
+from monkeyjump import compat, moe, ops
 from monkeyjump.cli.app import app
 
 PAGE = Path(__file__).with_name("api.md")
@@ -112,16 +113,26 @@ def command(name: str, found: Any) -> str:
     return "\n".join(rows) + "\n"
 
 
+def flat(commands: dict[str, Any], before: str = "") -> Iterable[tuple[str, Any]]:
+    """(name, command) of all commands; those of a group by both names."""
+    for name, found in commands.items():
+        if isinstance(found, TyperGroup):
+            yield from flat(found.commands, f"{before}{name} ")
+        elif name != "help":
+            yield before + name, found
+
+
 def text() -> str:
     """The whole page."""
     commands = typer.main.get_command(app).commands
     own = {n: v for n, v in vars(compat).items() if getattr(v, "__module__", "") == compat.__name__}
     parts = [HEAD, "## `monkeyjump`\n"]
     parts += [part for name in monkeyjump.__all__ for part in entry(name, getattr(monkeyjump, name))]
-    for module, names in ((compat, own), (ops, {name: getattr(ops, name) for name in ops.__all__})):
+    whole = [(module, {name: getattr(module, name) for name in module.__all__}) for module in (moe, ops)]
+    for module, names in ((compat, own), *whole):
         parts += [f"## `{module.__name__}`\n", inspect.cleandoc(module.__doc__ or "") + "\n"]
         parts += [part for name, value in names.items() for part in entry(name, value)]
-    parts += ["## Command line\n", *(command(name, found) for name, found in commands.items() if name != "help")]
+    parts += ["## Command line\n", *(command(name, found) for name, found in flat(commands))]
     return "\n".join(parts)
 
 
