@@ -106,12 +106,12 @@ def take_off(module: nn.Module, merge: bool) -> None:
     """Remove a module's adapters; `merge` leaves the adapted tensors, else the original ones come back."""
     adapted = adapters_on(module)
     if adapted:
-        _own_class(module)
+        own_class(module)
     for name in adapted:
         parametrize.remove_parametrizations(module, name, leave_parametrized=merge)
 
 
-def _own_class(module: nn.Module) -> None:
+def own_class(module: nn.Module) -> None:
     """Give a parametrized module a class that it shares with no copy of it.
 
     torch makes the class when it parametrizes and deletes the class's properties when it stops; a deepcopy has the
