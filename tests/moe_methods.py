@@ -8,7 +8,15 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from monkeyjump.moe import ExpertConfig, HydraLoRAConfig, MoEConfig, MoELoRAConfig, MoLAConfig
+from monkeyjump.moe import (
+    ExpertConfig,
+    HydraLoRAConfig,
+    MixLoRAAttentionConfig,
+    MixLoRAConfig,
+    MoEConfig,
+    MoELoRAConfig,
+    MoLAConfig,
+)
 from tiny import LLAMA_TARGETS, llama, position_dependent, trainable
 
 ADALORA = {"base": "adalora", "init_r": 3, "target_r": 2, "total_step": 10}
@@ -19,6 +27,8 @@ METHODS: dict[str, tuple[type[ExpertConfig], dict[str, Any]]] = {
     "moe_lora": (MoEConfig, {"base": "lora", "r": 2}),
     "moe_lora_fa": (MoEConfig, {"base": "lora_fa", "r": 2}),
     "moe_adalora": (MoEConfig, ADALORA),
+    "mixlora": (MixLoRAConfig, {"r": 2}),
+    "mixlora_attn": (MixLoRAAttentionConfig, {"r": 2}),
     "moe_propulsion": (MoEConfig, {"base": "propulsion"}),
 }
 

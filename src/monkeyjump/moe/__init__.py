@@ -28,6 +28,7 @@ from monkeyjump.moe.config import (
     MoLAConfig,
     PropulsionMixtureConfig,
 )
+from monkeyjump.moe.mixlora import MixLoRAAttentionConfig, MixLoRAConfig, MixLoRATuner
 from monkeyjump.moe.model import MoETuner, register_method
 from monkeyjump.moe.schedule import RankUpdate
 
@@ -39,13 +40,17 @@ for config in (
     LoraFAMixtureConfig,
     AdaLoraMixtureConfig,
     PropulsionMixtureConfig,
+    MixLoRAAttentionConfig,
 ):
     register_method(config)
+register_method(MixLoRAConfig, MixLoRATuner)
 
 __all__ = [
     "ExpertConfig",
     "HydraLoRAConfig",
     "LowRankExpertConfig",
+    "MixLoRAAttentionConfig",
+    "MixLoRAConfig",
     "MoEConfig",
     "MoELoRAConfig",
     "MoETuner",

@@ -116,7 +116,7 @@ def install_router(block: nn.Module, router: Router) -> None:
     cls = routed_class(original)
     block.__dict__["jump_boxes"] = {child: GateBox() for child in cls.jump_hook.rearrange} if cls.jump_hook else {}
     block.__class__ = cls
-    _rebind(block)
+    rebind(block)
 
 
 def box_of(block: Any, slot: str) -> GateBox:
@@ -130,10 +130,10 @@ def remove_router(block: nn.Module) -> None:
     delattr(block, ROUTER)
     del block.__dict__["jump_boxes"]
     block.__class__ = type(block).routed_class_of  # type: ignore[attr-defined]
-    _rebind(block)
+    rebind(block)
 
 
-def _rebind(block: nn.Module) -> None:
+def rebind(block: nn.Module) -> None:
     # accelerate's hooks keep the forward that they found, bound to the former class, and leave it when they go
     if "_old_forward" in block.__dict__:
         block._old_forward = type(block).forward.__get__(block)
