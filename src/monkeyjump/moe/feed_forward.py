@@ -92,7 +92,9 @@ class Stage:
     def clear(self) -> None:
         self.adapter: str | None = None
         self.expert = 0
-        self.whole = self.rows = self.part = None
+        self.whole: Any = None
+        self.rows: Any = None
+        self.part: Any = None
         self.products: dict[nn.Module, Tensor] = {}
 
     def base(self, layer: nn.Module, x: Tensor) -> Tensor:
@@ -212,7 +214,7 @@ def _mixed_class(original: Any) -> Any:
 
 
 def _rebuild(original: Any) -> nn.Module:
-    cls = _mixed_class(original)
+    cls: Any = _mixed_class(original)
     return cls.__new__(cls)
 
 
@@ -233,7 +235,8 @@ def check_network(name: str, network: nn.Module) -> None:
 def install(network: nn.Module, router: NetworkRouter) -> None:
     """Make the network mix experts."""
     setattr(network, ROUTER, router)
-    network.__class__ = _mixed_class(type(network))
+    original: Any = type(network)
+    network.__class__ = _mixed_class(original)
     rebind(network)
 
 
@@ -241,7 +244,7 @@ def remove(model: nn.Module) -> None:
     """Give all networks of a model their own class back."""
     for network in [m for m in model.modules() if isinstance(m, MixedNetwork)]:
         delattr(network, ROUTER)
-        network.__class__ = network.mixed_class_of  # type: ignore[assignment]
+        network.__class__ = network.mixed_class_of
         rebind(network)
 
 

@@ -75,7 +75,8 @@ class MixLoRATuner(MoETuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         prepared = super()._prepare_adapter_config(peft_config, model_config)
-        networks = {self._network_of(prepared, name) for name in targeted_modules(self, prepared)} - {None}
+        found = (self._network_of(prepared, name) for name in targeted_modules(self, prepared))
+        networks = {network for network in found if network is not None}
         for network in networks:
             feed_forward.check_network(network, self.model.get_submodule(network))
         if not networks:
