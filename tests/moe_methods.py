@@ -13,9 +13,11 @@ from monkeyjump.moe import (
     HydraLoRAConfig,
     MixLoRAAttentionConfig,
     MixLoRAConfig,
+    MoAConfig,
     MoEConfig,
     MoELoRAConfig,
     MoLAConfig,
+    MoREConfig,
 )
 from tiny import LLAMA_TARGETS, llama, position_dependent, trainable
 
@@ -29,6 +31,9 @@ METHODS: dict[str, tuple[type[ExpertConfig], dict[str, Any]]] = {
     "moe_adalora": (MoEConfig, ADALORA),
     "mixlora": (MixLoRAConfig, {"r": 2}),
     "mixlora_attn": (MixLoRAAttentionConfig, {"r": 2}),
+    "more": (MoREConfig, {"r": 3, "num_tasks": 3}),
+    "moa_soft": (MoAConfig, {"r": 2, "prompt_length": 3}),
+    "moa_sparse": (MoAConfig, {"r": 2, "variant": "sparse", "router": "linear"}),
     "moe_propulsion": (MoEConfig, {"base": "propulsion"}),
 }
 

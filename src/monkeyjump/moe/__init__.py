@@ -29,8 +29,11 @@ from monkeyjump.moe.config import (
     PropulsionMixtureConfig,
 )
 from monkeyjump.moe.mixlora import MixLoRAAttentionConfig, MixLoRAConfig, MixLoRATuner
+from monkeyjump.moe.moa import MoAConfig, MoATuner
 from monkeyjump.moe.model import MoETuner, register_method
+from monkeyjump.moe.more import MoREConfig, MoRETuner
 from monkeyjump.moe.schedule import RankUpdate
+from monkeyjump.tuner.wrappers import TOLD
 
 for config in (
     MoELoRAConfig,
@@ -44,6 +47,9 @@ for config in (
 ):
     register_method(config)
 register_method(MixLoRAConfig, MixLoRATuner)
+register_method(MoREConfig, MoRETuner)
+register_method(MoAConfig, MoATuner)
+TOLD.append(MoREConfig)
 
 __all__ = [
     "ExpertConfig",
@@ -51,10 +57,12 @@ __all__ = [
     "LowRankExpertConfig",
     "MixLoRAAttentionConfig",
     "MixLoRAConfig",
+    "MoAConfig",
     "MoEConfig",
     "MoELoRAConfig",
     "MoETuner",
     "MoLAConfig",
+    "MoREConfig",
     "RankUpdate",
     "register_method",
 ]

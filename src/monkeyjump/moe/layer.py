@@ -134,6 +134,19 @@ class LowRankExperts(ExpertLayer):
         return stacked.unflatten(0, (-1, self.configs[adapter].rank))
 
 
+class SingleLoRA(LowRankExperts):
+    """One low-rank update for every token, whatever the number of experts elsewhere."""
+
+    def update_layer(self, adapter: str, config: Any, experts: int) -> None:
+        super().update_layer(adapter, config, 1)
+
+    def _add_router(self, adapter: str, config: Any, experts: int) -> None:
+        """There is nothing to decide."""
+
+    def gates(self, adapter: str, x: Tensor) -> Tensor:
+        return x.new_ones(*x.shape[:-1], 1)
+
+
 class ScalingExperts(ExpertLayer):
     """Experts that scale the outputs (Propulsion); stored is delta = z - 1, as in `PropulsionLayer`."""
 

@@ -10,13 +10,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from monkeyjump.moe import feed_forward
 from monkeyjump.moe.auxiliary import Seen, Term
 from monkeyjump.moe.config import LowRankExpertConfig, _field
 from monkeyjump.moe.feed_forward import NetworkProjection, NetworkRouter
-from monkeyjump.moe.layer import ExpertLayer, LowRankExperts
+from monkeyjump.moe.layer import ExpertLayer, SingleLoRA
 from monkeyjump.moe.losses import load_balance
 from monkeyjump.moe.model import MoETuner
 from monkeyjump.tuner.targets import block_of, targeted_modules
@@ -55,19 +55,6 @@ class MixLoRAAttentionConfig(LowRankExpertConfig):
     balance_weight: float = _field(0.01, "Weight of the load-balance loss, a mean over routers.")
 
     peft_name: ClassVar[str] = "MIXLORA_ATTN"
-
-
-class SingleLoRA(LowRankExperts):
-    """One low-rank update for every token, whatever the number of experts elsewhere."""
-
-    def update_layer(self, adapter: str, config: Any, experts: int) -> None:
-        super().update_layer(adapter, config, 1)
-
-    def _add_router(self, adapter: str, config: Any, experts: int) -> None:
-        """There is nothing to decide."""
-
-    def gates(self, adapter: str, x: Tensor) -> Tensor:
-        return x.new_ones(*x.shape[:-1], 1)
 
 
 class MixLoRATuner(MoETuner):

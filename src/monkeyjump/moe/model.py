@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -102,6 +103,23 @@ class MoETuner(BaseTuner):
         layer = kind(target, name, block, context, self.auxiliary)
         layer.set_adapter(self.active_adapters)
         return layer
+
+    def _check_in_blocks(self, config: Any) -> dict[str, list[str]]:
+        """Targets by the block that they lie in.
+
+        Raises:
+            ValueError: one lies in no block.
+        """
+        found: dict[str, list[str]] = defaultdict(list)
+        for name in targeted_modules(self, config):
+            block = block_of(self.model, name)
+            if block is None:
+                raise ValueError(
+                    f"target_modules reaches {name}, which lies in no block, where its gates are decided; leave it "
+                    "out, or say which class is a block with monkeyjump.register_block"
+                )
+            found[block].append(name)
+        return found
 
     def _complete(self, adapter: str, config: Any, layers: dict[str, ExpertLayer]) -> None:
         """Add what an adapter has beside its adapted `layers` (by path): nothing here."""

@@ -60,6 +60,15 @@ class ExpertModule(nn.Module, BaseTunerLayer):
         """The active adapters that have parameters here; none where adapters are disabled."""
         return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.configs]
 
+    def add(self, adapter: str, config: Any, **parameters: Tensor | None) -> None:
+        """Give an adapter its parameters, by holder; None is left out. They train where the adapter is active."""
+        self.configs[adapter] = config
+        trains = adapter in self.active_adapters and not config.inference_mode
+        for holder, start in parameters.items():
+            if start is not None:
+                getattr(self, holder)[adapter] = nn.Parameter(start, requires_grad=trains)
+        self._move_adapter_to_device_of_base_layer(adapter)
+
     # ------------------------------------------------------------------ the decision
 
     def decide(self, adapter: str, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,15 +164,6 @@ class Companion(ExpertModule):
         self.in_features = self.out_features = dim  # PEFT reads them from every tuner layer
         self.__dict__["anchor"] = anchor  # no submodule: it has a place of its own
         self._active_adapter = active
-
-    def add(self, adapter: str, config: Any, **parameters: Tensor | None) -> None:
-        """Give an adapter its parameters, by holder; None is left out. They train where the adapter is active."""
-        self.configs[adapter] = config
-        trains = adapter in self.active_adapters and not config.inference_mode
-        for holder, start in parameters.items():
-            if start is not None:
-                getattr(self, holder)[adapter] = nn.Parameter(start, requires_grad=trains)
-        self._move_adapter_to_device_of_base_layer(adapter)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if device is None:

@@ -40,7 +40,8 @@ class RoutedBlock:
     jump_hook: BlockHook | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if GATES not in kwargs and (gates := _route(self, args, kwargs)) is not None:
+        outside = GATES not in kwargs and not self.jump_router.inside
+        if outside and (gates := _route(self, args, kwargs)) is not None:
             kwargs[GATES] = gates
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
@@ -58,7 +59,7 @@ def routed_class(original: Any) -> Any:
 def _routed_class(original: Any, hook: BlockHook | None) -> Any:
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, mj_gates: dict[str, Tensor] | None = None, **kwargs: Any) -> Any:
-        if mj_gates is None:  # `forward` was called directly
+        if mj_gates is None:  # `forward` was called directly, or the router decides in here
             mj_gates = _route(self, args, kwargs)
         with self.jump_router.box.showing(mj_gates):
             if not self.jump_boxes:
@@ -109,8 +110,12 @@ def _rebuild(original: Any) -> nn.Module:
     return cls.__new__(cls)
 
 
-def install_router(block: nn.Module, router: Router) -> None:
-    """Make `block` a routed block."""
+def install_router(block: nn.Module, router: Any) -> None:
+    """Make `block` a routed block.
+
+    Args:
+        router: a `Router`, or what has its `route`, `box`, `context`, `name`, `dim` and `inside`.
+    """
     setattr(block, ROUTER, router)
     original: Any = type(block)
     cls = routed_class(original)
