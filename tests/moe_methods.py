@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
 from monkeyjump.moe import (
     ExpertConfig,
@@ -54,3 +55,15 @@ def mixture(name: str, base_model: nn.Module | None = None, **changes: Any) -> P
     model = get_peft_model(base_model, mixture_config(name, **changes))
     position_dependent(trainable(model).values(), size=0.02 if name == "moe_propulsion" else 0.1)
     return model.eval()
+
+
+def told(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """What a method wants to know of a batch beside its tokens: MoRE the tasks, here by the first token."""
+    configs = [config for m in model.modules() if isinstance(m, PeftModel) for config in m.peft_config.values()]
+    return {"task_ids": ids[:, 0] % 3} if any(isinstance(config, MoREConfig) for config in configs) else {}
+
+
+def silent(name: str) -> dict[str, float]:
+    """The changes that leave a method without losses over the routers."""
+    fields = [f.name for f in dataclasses.fields(METHODS[name][0])]
+    return {field: 0.0 for field in ("balance_weight", "contrastive_weight") if field in fields}

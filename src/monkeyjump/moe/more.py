@@ -92,7 +92,7 @@ def rank_gates(logits: Tensor, most: int) -> Tensor:
     best, index = p.max(-1, keepdim=True)
     straight_through = best - best.detach() + 1
     acts = torch.arange(logits.shape[-1], device=logits.device) <= index
-    return acts * straight_through * ((index + 1) / most)
+    return acts * straight_through * ((index + 1).to(p.dtype) / most)
 
 
 def task_contrast(means: Tensor, table: Tensor, tasks: Tensor, temperature: float) -> Tensor:
