@@ -14,6 +14,10 @@ model.py      the PEFT tuner, one for all methods
 losses.py     load balance, contrast, orthogonality as functions
 auxiliary.py  how such losses reach the model's own loss
 ranks.py      AdaLoRA's rank schedule over all experts; schedule.py drives it
+module.py     what holds the parameters of an adapter, in a layer or beside a module of the model
+mixlora.py    experts that are whole feed-forward networks (feed_forward.py)
+more.py       ranks chosen by the task of each row (tasks.py)
+moa.py        LoRA, parallel and prompt adapters behind one router per block (moa_block.py)
 """
 
 from monkeyjump.moe.config import (
