@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
-from monkeyjump.moe import ExpertConfig, HydraLoRAConfig, MoEConfig, MoELoRAConfig, MoLAConfig
+from monkeyjump.moe import (
+    ExpertConfig,
+    HydraLoRAConfig,
+    MixLoRAAttentionConfig,
+    MixLoRAConfig,
+    MoAConfig,
+    MoEConfig,
+    MoELoRAConfig,
+    MoLAConfig,
+    MoREConfig,
+)
 from tiny import LLAMA_TARGETS, llama, position_dependent, trainable
 
 ADALORA = {"base": "adalora", "init_r": 3, "target_r": 2, "total_step": 10}
@@ -19,6 +30,11 @@ METHODS: dict[str, tuple[type[ExpertConfig], dict[str, Any]]] = {
     "moe_lora": (MoEConfig, {"base": "lora", "r": 2}),
     "moe_lora_fa": (MoEConfig, {"base": "lora_fa", "r": 2}),
     "moe_adalora": (MoEConfig, ADALORA),
+    "mixlora": (MixLoRAConfig, {"r": 2}),
+    "mixlora_attn": (MixLoRAAttentionConfig, {"r": 2}),
+    "more": (MoREConfig, {"r": 3, "num_tasks": 3}),
+    "moa_soft": (MoAConfig, {"r": 2, "prompt_length": 3}),
+    "moa_sparse": (MoAConfig, {"r": 2, "variant": "sparse", "router": "linear"}),
     "moe_propulsion": (MoEConfig, {"base": "propulsion"}),
 }
 
@@ -39,3 +55,15 @@ def mixture(name: str, base_model: nn.Module | None = None, **changes: Any) -> P
     model = get_peft_model(base_model, mixture_config(name, **changes))
     position_dependent(trainable(model).values(), size=0.02 if name == "moe_propulsion" else 0.1)
     return model.eval()
+
+
+def told(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """What a method wants to know of a batch beside its tokens: MoRE the tasks, here by the first token."""
+    configs = [config for m in model.modules() if isinstance(m, PeftModel) for config in m.peft_config.values()]
+    return {"task_ids": ids[:, 0] % 3} if any(isinstance(config, MoREConfig) for config in configs) else {}
+
+
+def silent(name: str) -> dict[str, float]:
+    """The changes that leave a method without losses over the routers."""
+    fields = [f.name for f in dataclasses.fields(METHODS[name][0])]
+    return {field: 0.0 for field in ("balance_weight", "contrastive_weight") if field in fields}

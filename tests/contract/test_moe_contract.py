@@ -14,23 +14,34 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
-from test_contract import logits, loss_of
-from torch import nn
+from test_contract import logits
+from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from moe_methods import METHODS, mixture, mixture_config
+from moe_methods import METHODS, mixture, mixture_config, silent, told
 from monkeyjump import MonkeyJumpConfig
-from monkeyjump.moe.layer import ExpertLayer
+from monkeyjump.moe.module import ExpertModule
 from tiny import VOCAB, left_padded, llama, position_dependent, tokens, trainable
 
 every_mixture = pytest.mark.parametrize("name", METHODS)
 # one trainable adapter is all that a rank schedule can serve: the second is for inference
 SECOND = {"moe_adalora": {"inference_mode": True}}
-SILENT = {"balance_weight": 0.0}
 
 
-def layers(model: nn.Module) -> list[ExpertLayer]:
-    return [module for module in model.modules() if isinstance(module, ExpertLayer)]
+def loss_of(model: nn.Module, seed: int = 3) -> Tensor:
+    ids = tokens(seed=seed)
+    return model(input_ids=ids, labels=ids, **told(model, ids)).loss
+
+
+def layers(model: nn.Module) -> list[ExpertModule]:
+    return [module for module in model.modules() if isinstance(module, ExpertModule)]
+
+
+def routers_of(model: nn.Module) -> list[nn.Parameter]:
+    """The routers' weights: one per projection, per feed-forward network or per block."""
+    found = [module.mixture_router["default"] for module in layers(model) if "default" in module.mixture_router]
+    assert len(found) in (2, 14)  # of a Llama of two blocks with seven projections each
+    return found
 
 
 # ---------------------------------------------------------------------- saving and loading
@@ -43,7 +54,8 @@ def test_loaded_adapter_gives_the_same_logits(name: str, low_memory: bool, tmp_p
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=low_memory).eval()
     assert not torch.equal(logits(model), logits(llama()))
-    assert torch.equal(logits(loaded), logits(model))
+    # weights that stay where the file was mapped lie at other addresses, at which a BLAS may round otherwise
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-6 if low_memory else 0)
     saved, again = get_peft_model_state_dict(model), get_peft_model_state_dict(loaded)
     assert {k: v.tolist() for k, v in again.items()} == {k: v.tolist() for k, v in saved.items()}
     assert type(loaded.peft_config["default"]) is type(model.peft_config["default"])
@@ -55,8 +67,8 @@ def test_file_holds_every_weight_and_routers_in_float32(name: str, tmp_path: Pat
     model = mixture(name, llama().to(torch.bfloat16))
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
-    routers = [value for key, value in saved.items() if "mixture_router" in key]
-    assert len(routers) == len(layers(model)) == 14
+    routers = [value for key, value in saved.items() if key.endswith("mixture_router")]
+    assert len(routers) == len(routers_of(model))
     assert all(value.dtype == torch.float32 for value in routers)
     own = sum(p.numel() for n, p in model.named_parameters() if "mixture_" in n)  # frozen A of LoRA-FA too
     assert sum(value.numel() for value in saved.values()) == own
@@ -76,7 +88,8 @@ def test_file_that_does_not_fit_is_refused_by_name(name: str, tmp_path: Path) ->
 def test_second_adapter_comes_and_goes_without_a_trace(name: str) -> None:
     model = mixture(name)
     first = logits(model)
-    model.add_adapter("second", mixture_config(name, num_experts=3, **SECOND.get(name, {})))
+    another = {"num_experts": 3} if mixture_config(name).num_experts else {"r": 4}
+    model.add_adapter("second", mixture_config(name, **another, **SECOND.get(name, {})))
     model.set_adapter("second")
     position_dependent((p for n, p in model.named_parameters() if n.endswith(".second")), size=0.05)
     assert not torch.equal(logits(model), first)
@@ -165,8 +178,9 @@ def test_merging_is_refused_with_its_reason(name: str) -> None:
 
 @every_mixture
 def test_mixture_is_no_base_of_monkey_jump(name: str) -> None:
-    with pytest.raises(ValueError, match=f"base='{name}' cannot be routed: it has a router of its own"):
-        MonkeyJumpConfig(base=name)
+    base = METHODS[name][0].peft_name.lower() if name.startswith("moa") else name
+    with pytest.raises(ValueError, match=f"base='{base}' cannot be routed: it has a router of its own"):
+        MonkeyJumpConfig(base=base)
 
 
 # ---------------------------------------------------------------------- training
@@ -186,10 +200,10 @@ def test_training_step_reaches_every_weight(name: str) -> None:
 @every_mixture
 def test_experts_without_a_token_still_have_gradients(name: str) -> None:
     # DDP waits for every parameter: none may leave the graph because no token came its way
-    model = mixture(name, **({"top_k": 1} if name != "hydralora" else {}))
+    model = mixture(name, **({"top_k": 1} if mixture_config(name).top_k else {}))
     with torch.no_grad():
-        for layer in layers(model):
-            layer.mixture_router["default"].zero_()[0].fill_(1e-3)
+        for router in routers_of(model):
+            router.zero_()[0].fill_(1e-3)
     model.train()
     loss_of(model).backward()
     assert all(p.grad is not None for p in trainable(model).values())
@@ -199,9 +213,10 @@ def test_experts_without_a_token_still_have_gradients(name: str) -> None:
 def test_accumulated_step_equals_the_whole_batch(name: str) -> None:
     found = []
     for parts in (tokens(4).split(4), tokens(4).split(2)):
-        model = mixture(name, **SILENT, **({"contrastive_weight": 0.0} if name == "moelora" else {})).train()
+        model = mixture(name, **silent(name)).train()
         for ids in parts:
-            model(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(4 * 8)).loss.backward()
+            batch = {"input_ids": ids, "labels": ids, **told(model, ids)}
+            model(**batch, num_items_in_batch=torch.tensor(4 * 8)).loss.backward()
         found.append({n: p.grad for n, p in trainable(model).items()})
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
@@ -212,7 +227,7 @@ def test_accumulated_step_equals_the_whole_batch(name: str) -> None:
 def test_checkpointing_changes_nothing(name: str, reentrant: bool, forwards: int) -> None:
     changes: dict[str, Any] = {} if name in ("moe_propulsion",) else {"lora_dropout": 0.2}
     if reentrant:  # with losses that read the routers it is refused
-        changes |= SILENT | ({"contrastive_weight": 0.0} if name == "moelora" else {})
+        changes |= silent(name)
     found = []
     for checkpointing in (False, True):
         model = mixture(name, **changes)
@@ -233,11 +248,11 @@ def test_checkpointing_changes_nothing(name: str, reentrant: bool, forwards: int
 @every_mixture
 @pytest.mark.parametrize("before", [False, True])
 def test_routers_stay_float32_in_a_bfloat16_model(name: str, before: bool) -> None:
-    exact = [layer.mixture_router["default"].detach() for layer in layers(mixture(name))]
+    exact = [router.detach() for router in routers_of(mixture(name))]
     model = mixture(name, llama().to(torch.bfloat16)) if before else mixture(name).to(torch.bfloat16)
-    for layer, router in zip(layers(model), exact):
-        assert layer.mixture_router["default"].dtype == torch.float32
-        assert torch.equal(layer.mixture_router["default"], router)
+    for router, before_it in zip(routers_of(model), exact):
+        assert router.dtype == torch.float32
+        assert torch.equal(router, before_it)
     loss = loss_of(model.train())
     loss.backward()
     assert loss.isfinite()
@@ -281,7 +296,8 @@ def test_conv1d_of_gpt2_is_adapted(name: str, tmp_path: Path) -> None:
         return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64)).eval()
 
     torch.manual_seed(1)
-    model = get_peft_model(gpt2(), mixture_config(name, target_modules=["c_attn", "c_proj"]))
+    no_prompt = {"prompt_length": 0} if name == "moa_soft" else {}  # it wants separate queries, keys and values
+    model = get_peft_model(gpt2(), mixture_config(name, target_modules=["c_attn", "c_proj"], **no_prompt))
     position_dependent(trainable(model).values(), size=0.02)
     loss_of(model.train()).backward()
     assert all(p.grad is not None for p in trainable(model).values())

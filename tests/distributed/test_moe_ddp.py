@@ -10,17 +10,14 @@ from ranks import run_ranks
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from moe_methods import METHODS, mixture
+from moe_methods import METHODS, mixture, silent, told
 from tiny import tokens, trainable
-
-# a mean over the tokens of all ranks is no mean of the ranks' losses where a loss is not linear in the tokens
-LINEAR = {"balance_weight": 0.0}
 
 
 def train(name: str, batches: list[Tensor], model: torch.nn.Module, ranks: int) -> dict[str, Tensor]:
     optimizer = torch.optim.SGD(trainable(model).values(), lr=0.1)
     for ids in batches:
-        loss = model(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(4 * 8)).loss
+        loss = model(input_ids=ids, labels=ids, **told(model, ids), num_items_in_batch=torch.tensor(4 * 8)).loss
         (loss * ranks).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -28,8 +25,8 @@ def train(name: str, batches: list[Tensor], model: torch.nn.Module, ranks: int) 
 
 
 def model_of(name: str) -> torch.nn.Module:
-    silent = {"contrastive_weight": 0.0} if name == "moelora" else {}
-    return mixture(name, **LINEAR, **silent).train()
+    # a mean over the tokens of all ranks is no mean of the ranks' losses where a loss is not linear in the tokens
+    return mixture(name, **silent(name)).train()
 
 
 def share(rank: int, step: int) -> Tensor:

@@ -7,7 +7,16 @@ from peft import AdaLoraConfig, LoraConfig, PeftConfig, get_peft_model
 from test_counts import qwen2_half_a_billion
 
 from monkeyjump import LoraFAConfig, PropulsionConfig
-from monkeyjump.moe import HydraLoRAConfig, MoEConfig, MoELoRAConfig, MoLAConfig
+from monkeyjump.moe import (
+    HydraLoRAConfig,
+    MixLoRAAttentionConfig,
+    MixLoRAConfig,
+    MoAConfig,
+    MoEConfig,
+    MoELoRAConfig,
+    MoLAConfig,
+    MoREConfig,
+)
 from tiny import trainable
 
 ADALORA = {"init_r": 2, "target_r": 2, "total_step": 10}
@@ -29,6 +38,13 @@ ADALORA = {"init_r": 2, "target_r": 2, "total_step": 10}
         (MoEConfig(base="adalora", **ADALORA), 1_426_176),
         (MoEConfig(base="propulsion"), 540_672),
         (HydraLoRAConfig(r=2), 909_312),
+        (MixLoRAConfig(r=2), 270_336),
+        (MixLoRAAttentionConfig(r=2), 1_425_408),
+        (MoREConfig(r=2, num_tasks=6), 447_936),
+        (MoAConfig(r=2, router="linear", parallel_size=0, prompt_length=0), 356_448),
+        (MoAConfig(r=2, router="linear", prompt_length=0), 1_087_992),
+        (MoAConfig(r=2, router="linear", variant="sparse"), 1_109_520),
+        (MoAConfig(r=2, parallel_size=0, prompt_length=0), 960_864),
     ],
     ids=lambda value: str(value.peft_type.value) if isinstance(value, PeftConfig) else f"{value:,}",
 )

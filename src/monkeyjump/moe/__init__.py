@@ -14,6 +14,10 @@ model.py      the PEFT tuner, one for all methods
 losses.py     load balance, contrast, orthogonality as functions
 auxiliary.py  how such losses reach the model's own loss
 ranks.py      AdaLoRA's rank schedule over all experts; schedule.py drives it
+module.py     what holds the parameters of an adapter, in a layer or beside a module of the model
+mixlora.py    experts that are whole feed-forward networks (feed_forward.py)
+more.py       ranks chosen by the task of each row (tasks.py)
+moa.py        LoRA, parallel and prompt adapters behind one router per block (moa_block.py)
 """
 
 from monkeyjump.moe.config import (
@@ -28,8 +32,12 @@ from monkeyjump.moe.config import (
     MoLAConfig,
     PropulsionMixtureConfig,
 )
+from monkeyjump.moe.mixlora import MixLoRAAttentionConfig, MixLoRAConfig, MixLoRATuner
+from monkeyjump.moe.moa import MoAConfig, MoATuner
 from monkeyjump.moe.model import MoETuner, register_method
+from monkeyjump.moe.more import MoREConfig, MoRETuner
 from monkeyjump.moe.schedule import RankUpdate
+from monkeyjump.tuner.wrappers import TOLD
 
 for config in (
     MoELoRAConfig,
@@ -39,17 +47,26 @@ for config in (
     LoraFAMixtureConfig,
     AdaLoraMixtureConfig,
     PropulsionMixtureConfig,
+    MixLoRAAttentionConfig,
 ):
     register_method(config)
+register_method(MixLoRAConfig, MixLoRATuner)
+register_method(MoREConfig, MoRETuner)
+register_method(MoAConfig, MoATuner)
+TOLD.append(MoREConfig)
 
 __all__ = [
     "ExpertConfig",
     "HydraLoRAConfig",
     "LowRankExpertConfig",
+    "MixLoRAAttentionConfig",
+    "MixLoRAConfig",
+    "MoAConfig",
     "MoEConfig",
     "MoELoRAConfig",
     "MoETuner",
     "MoLAConfig",
+    "MoREConfig",
     "RankUpdate",
     "register_method",
 ]

@@ -325,6 +325,17 @@ class PropulsionMixtureConfig(MoEConfig, base="propulsion"):
         check_integer("degree", self.degree, least=1)
 
 
+def refuse_unread(config: ExpertConfig, why: str) -> None:
+    """Refuse what a method inherits from `ExpertConfig` and never reads.
+
+    Raises:
+        ValueError: naming the field, its value and why.
+    """
+    for name in ("num_experts", "top_k", "balance_weight"):
+        if value := getattr(config, name):
+            raise ValueError(f"{name}={value!r} is set, but {why}")
+
+
 def _contrast(seen: Seen, temperature: float) -> Any:
     return expert_contrast(seen.notes, temperature)
 

@@ -11,19 +11,15 @@ forward runs that an auxiliary loss reads, the layer notes what its router decid
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from monkeyjump.moe.auxiliary import AuxiliaryLosses
-from monkeyjump.moe.losses import Decision
-from monkeyjump.moe.routing import route, sample_per_expert
+from monkeyjump.moe.module import ExpertModule, kaiming
 from monkeyjump.native import is_traced
 from monkeyjump.ops import (
     DropoutMask,
@@ -32,59 +28,38 @@ from monkeyjump.ops import (
     mixture_linear,
     mixture_scale,
     mixture_scale_reference,
-    router_logits,
 )
 from monkeyjump.routing.context import ForwardContext
-from monkeyjump.tuner.architectures import reads_other_tokens
 from monkeyjump.tuner.fused import PLAIN, is_frozen_like, is_hooked
 
-CANNOT_MERGE = (
-    "mixtures of experts cannot be merged: which experts act differs from token to token, so no single weight matrix "
-    "equals them; keep the adapter, or use unload() to take it off"
-)
 
-
-class ExpertLayer(nn.Module, BaseTunerLayer):
-    """Base of the adapted projections: the router, and what the auxiliary losses get to see of it."""
-
-    adapter_layer_names: tuple[str, ...] = ("mixture_router",)
-    other_param_names: tuple[str, ...] = ("configs",)
-    float32_names: tuple[str, ...] = ("mixture_router",)  # keep their dtype whatever the model is cast to
-
-    frozen_peft_weight_names: dict[str, tuple[str, ...]]
-
-    if TYPE_CHECKING:  # nn.Module's own says Tensor | Module, also for PEFT's methods
-
-        def __getattr__(self, name: str) -> Any: ...
+class ExpertLayer(ExpertModule):
+    """Base of the adapted projections: a base layer with experts beside it."""
 
     def __init__(
         self, base_layer: nn.Module, name: str, block: str, context: ForwardContext, auxiliary: AuxiliaryLosses
     ) -> None:
-        super().__init__()
+        super().__init__(name, block, context, auxiliary)
         self.base_layer = base_layer
-        self.name, self.block, self.context, self.auxiliary = name, block, context, auxiliary
-        self.mixture_router = nn.ParameterDict()
-        self.configs: dict[str, Any] = {}
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
 
     def update_layer(self, adapter: str, config: Any, experts: int) -> None:
         """Add an adapter with this many experts."""
         self.configs[adapter] = config
-        self.mixture_router[adapter] = nn.Parameter(_kaiming(experts, self.in_features))
+        self._add_router(adapter, config, experts)
         self._add_experts(adapter, config, experts)
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def _add_router(self, adapter: str, config: Any, experts: int) -> None:
+        self.mixture_router[adapter] = nn.Parameter(kaiming(experts, self.in_features))
+
     def _add_experts(self, adapter: str, config: Any, experts: int) -> None:
         raise NotImplementedError
 
-    # ------------------------------------------------------------------ forward
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        active = [name for name in self.active_adapters if name in self.mixture_router]
-        if self.disable_adapters or not active:
+        active = self.acting()
+        if not active:
             return self.base_layer(x, *args, **kwargs)
         return self._mix(x, active, args, kwargs)
 
@@ -93,70 +68,7 @@ class ExpertLayer(nn.Module, BaseTunerLayer):
 
     def gates(self, adapter: str, x: Tensor) -> Tensor:
         """Gates `[..., N]` float32 of an adapter's experts for inputs `[..., d_in]`."""
-        weight, config = self.mixture_router[adapter], self.configs[adapter]
-        if is_traced():
-            with torch.autocast(x.device.type, enabled=False):
-                logits = x.to(weight.dtype) @ weight.T
-        else:
-            logits = router_logits(x, weight)
-        gates, probabilities, chosen = route(logits, config.top_k)
-        if self.auxiliary.wants(adapter):
-            self._note(adapter, x, probabilities, chosen)
-        return gates
-
-    def _note(self, adapter: str, x: Tensor, probabilities: Tensor, chosen: Tensor) -> None:
-        """Keep the decision for the auxiliary losses; nothing here may enter the graph (see auxiliary.py)."""
-        if (
-            self.mixture_router[adapter].requires_grad
-            and not probabilities.requires_grad
-            and self.context.first("grad")
-        ):
-            raise ValueError(
-                "auxiliary losses get no gradient under reentrant gradient checkpointing; set "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}, or the losses' weights to 0"
-            )
-        attended = _real(self.context, self.name, x)
-        flat, samples = chosen.flatten(0, -2), getattr(self.configs[adapter], "samples", 0)
-        sampled = there = None
-        if samples:
-            sampled, there = sample_per_expert(x.flatten(0, -2), flat, attended, samples)
-        outputs = functools.partial(self.expert_outputs, adapter)
-        note = Decision(self.block, self.name, probabilities.flatten(0, -2), flat, attended, sampled, there, outputs)
-        self.auxiliary.note(adapter, note)
-
-    def expert_outputs(self, adapter: str, inputs: Tensor) -> Tensor:
-        """What every expert makes of its own inputs, `[N, M, d_in]` to `[N, M, d_out]`, without dropout."""
-        raise NotImplementedError
-
-    # ------------------------------------------------------------------ PEFT
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refused."""
-        raise ValueError(CANNOT_MERGE)
-
-    def unmerge(self) -> None:
-        """Refused: nothing is ever merged."""
-        raise ValueError(CANNOT_MERGE)
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """To the device of the base layer, but never to its dtype."""
-        device = self._get_base_layer_device_and_dtype(self.get_base_layer())[0] if device is None else device
-        for name in self.adapter_layer_names:
-            held = getattr(self, name)
-            weight = held.get(adapter_name)
-            if weight is not None and device not in (None, weight.device) and not weight.is_meta:
-                held[adapter_name] = nn.Parameter(weight.data.to(device), requires_grad=weight.requires_grad)
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> ExpertLayer:
-        exact = [(p, p.data) for name in self.float32_names for p in getattr(self, name).values()]
-        super()._apply(fn, recurse)
-        for parameter, before in exact:  # model.to(bfloat16) may move them, not round them
-            if parameter.dtype.itemsize < before.dtype.itemsize:
-                parameter.data = before.to(parameter.device)
-        return self
-
-    def __repr__(self) -> str:
-        return "mixture." + super().__repr__()
+        return self.decide(adapter, x)[0]
 
 
 class LowRankExperts(ExpertLayer):
@@ -176,7 +88,7 @@ class LowRankExperts(ExpertLayer):
             nn.init.normal_(b, std=0.02)
             self.mixture_E[adapter] = nn.Parameter(_start(config, torch.zeros(experts * rank, 1)))
         else:
-            a, b = _kaiming(rows, self.in_features), _start(config, b)
+            a, b = kaiming(rows, self.in_features), _start(config, b)
         self.mixture_A[adapter] = nn.Parameter(a, requires_grad=config.trains_a)
         self.mixture_B[adapter] = nn.Parameter(b)
         if not config.trains_a:  # PEFT keeps frozen what is declared here, whenever it switches adapters on
@@ -222,6 +134,19 @@ class LowRankExperts(ExpertLayer):
         return stacked.unflatten(0, (-1, self.configs[adapter].rank))
 
 
+class SingleLoRA(LowRankExperts):
+    """One low-rank update for every token, whatever the number of experts elsewhere."""
+
+    def update_layer(self, adapter: str, config: Any, experts: int) -> None:
+        super().update_layer(adapter, config, 1)
+
+    def _add_router(self, adapter: str, config: Any, experts: int) -> None:
+        """There is nothing to decide."""
+
+    def gates(self, adapter: str, x: Tensor) -> Tensor:
+        return x.new_ones(*x.shape[:-1], 1)
+
+
 class ScalingExperts(ExpertLayer):
     """Experts that scale the outputs (Propulsion); stored is delta = z - 1, as in `PropulsionLayer`."""
 
@@ -246,22 +171,5 @@ class ScalingExperts(ExpertLayer):
         return y
 
 
-def _kaiming(rows: int, width: int) -> Tensor:
-    return nn.init.kaiming_uniform_(torch.empty(rows, width), a=math.sqrt(5))
-
-
 def _start(config: Any, zeros: Tensor) -> Tensor:
     return zeros if config.init_weights else nn.init.normal_(zeros, std=0.02)
-
-
-def _real(context: ForwardContext, name: str, x: Tensor) -> Tensor | None:
-    """Which of the layer's tokens are real: bool `[n]`, or None where all of them are or nobody says."""
-    if reads_other_tokens(name):
-        return None
-    if x.dim() == 3:
-        attended = context.attended(x.shape[0], x.shape[1], x.device)
-        return None if attended is None else attended.flatten()
-    mask = context.frames[-1].mask if context.frames else None  # some layers see [B * T, d]
-    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.numel() == x.shape[:-1].numel():
-        return mask.flatten().bool()
-    return None

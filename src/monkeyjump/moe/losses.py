@@ -21,7 +21,7 @@ from torch import Tensor
 
 SMALLEST_NORM = 1e-6  # outputs below it have no direction; with B = 0 at the start all of them are
 
-Group = Literal["projection", "block"]
+Group = Literal["projection", "block", "model"]
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ def balance(probabilities: Tensor, chosen: Tensor, attended: Tensor | None) -> T
 
 
 def load_balance(decisions: Iterable[Decision], group: Group = "projection") -> list[Tensor]:
-    """`balance` of every projection, or of every block with the tokens of its projections concatenated."""
+    """`balance` of every projection, or with the tokens of a block's, or of all, projections concatenated."""
     groups: dict[str, list[Decision]] = defaultdict(list)
     for decision in decisions:
-        groups[decision.projection if group == "projection" else decision.block].append(decision)
+        groups[{"projection": decision.projection, "block": decision.block, "model": ""}[group]].append(decision)
     return [balance(*_concatenated(members)) for members in groups.values()]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from monkeyjump.moe.auxiliary import AuxiliaryLosses
 from monkeyjump.moe.config import ExpertConfig, LowRankExpertConfig
-from monkeyjump.moe.layer import CANNOT_MERGE, ExpertLayer, LowRankExperts, ScalingExperts
+from monkeyjump.moe.layer import ExpertLayer, LowRankExperts, ScalingExperts
+from monkeyjump.moe.module import CANNOT_MERGE, Companion, ExpertModule
 from monkeyjump.moe.ranks import ExpertRanks
 from monkeyjump.tuner.adalora import allocator_state, restore_allocator
 from monkeyjump.tuner.folder import check_keys, check_whole
@@ -34,7 +36,7 @@ class MoETuner(BaseTuner):
     """Wraps every targeted linear layer in an `ExpertLayer`."""
 
     prefix = PREFIX
-    tuner_layer_cls = ExpertLayer
+    tuner_layer_cls = ExpertModule
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     rankallocator: ExpertRanks | None = None  # where a mixture of AdaLoRA experts trains
 
@@ -77,20 +79,50 @@ class MoETuner(BaseTuner):
         if isinstance(target, ExpertLayer):
             target.update_layer(adapter_name, peft_config, experts)
             return
+        if isinstance(target, Companion):  # a regex may match what an earlier adapter brought
+            return
         if not isinstance(target, (nn.Linear, Conv1D)):
             raise ValueError(
                 f"target_modules matches {current_key!r}, a {type(target).__name__}; these experts adapt nn.Linear and "
                 "Conv1D"
             )
-        kind = LowRankExperts if isinstance(peft_config, LowRankExpertConfig) else ScalingExperts
-        block = block_of(self.model, current_key) or current_key
-        context = context_of(self.model, holder_of(self.model, current_key))
-        layer = kind(target, current_key, block, context, self.auxiliary)
-        layer.set_adapter(self.active_adapters)
+        layer = self._wrap(current_key, target, self._kind(peft_config, current_key))
         layer.update_layer(adapter_name, peft_config, experts)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _kind(self, config: Any, name: str) -> type[ExpertLayer]:
+        """The class of the adapted layer of this name."""
+        return LowRankExperts if isinstance(config, LowRankExpertConfig) else ScalingExperts
+
+    def _wrap(self, name: str, target: nn.Module, kind: type[ExpertLayer]) -> ExpertLayer:
+        """An adapted layer for `target`, without any adapter yet."""
+        block = block_of(self.model, name) or name
+        context = context_of(self.model, holder_of(self.model, name))
+        layer = kind(target, name, block, context, self.auxiliary)
+        layer.set_adapter(self.active_adapters)
+        return layer
+
+    def _check_in_blocks(self, config: Any) -> dict[str, list[str]]:
+        """Targets by the block that they lie in.
+
+        Raises:
+            ValueError: one lies in no block.
+        """
+        found: dict[str, list[str]] = defaultdict(list)
+        for name in targeted_modules(self, config):
+            block = block_of(self.model, name)
+            if block is None:
+                raise ValueError(
+                    f"target_modules reaches {name}, which lies in no block, where its gates are decided; leave it "
+                    "out, or say which class is a block with monkeyjump.register_block"
+                )
+            found[block].append(name)
+        return found
+
+    def _complete(self, adapter: str, config: Any, layers: dict[str, ExpertLayer]) -> None:
+        """Add what an adapter has beside its adapted `layers` (by path): nothing here."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; then the adapter's auxiliary losses, and AdaLoRA's rank schedule."""
@@ -99,7 +131,9 @@ class MoETuner(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config: Any = self.peft_config[adapter_name]
         auxiliary = self.auxiliary
-        auxiliary.layers = [m for m in model.modules() if isinstance(m, ExpertLayer)]
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, ExpertLayer)}
+        self._complete(adapter_name, config, {name: m for name, m in layers.items() if adapter_name in m.configs})
+        auxiliary.layers = list(layers.values())
         auxiliary.terms[adapter_name] = [term for term in config.terms() if term.weight]
         if _is_scheduled(config) and not config.inference_mode:
             self.rankallocator = ExpertRanks(model, config, adapter_name)

@@ -132,6 +132,20 @@ class ForwardContext:
         """The innermost value of a field that belongs to the whole pass, or None."""
         return next((v for f in reversed(self.frames) if (v := getattr(f, name)) is not None), None)
 
+    def tasks(self, rows: int, device: torch.device) -> Tensor | None:
+        """The task of every row of a block, long `[rows]`; None where nobody says.
+
+        Raises:
+            ValueError: the ids given are for another number of rows.
+        """
+        ids = self.first("task_ids")
+        if ids is None:
+            return None
+        ids = torch.as_tensor(ids, device=device).flatten()
+        if not len(ids) or rows % len(ids):
+            raise ValueError(f"task_ids holds {len(ids)} ids for a batch of {rows} rows; pass one per row")
+        return ids.repeat_interleave(rows // len(ids))  # beams of a row stand together
+
     def attended(self, batch: int, length: int, device: torch.device) -> Tensor | None:
         """Which of a block's tokens are real: bool `[B, T]`, or None where all of them are."""
         if not self.frames:

@@ -40,7 +40,8 @@ class RoutedBlock:
     jump_hook: BlockHook | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if GATES not in kwargs and (gates := _route(self, args, kwargs)) is not None:
+        outside = GATES not in kwargs and not self.jump_router.inside
+        if outside and (gates := _route(self, args, kwargs)) is not None:
             kwargs[GATES] = gates
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
@@ -58,7 +59,7 @@ def routed_class(original: Any) -> Any:
 def _routed_class(original: Any, hook: BlockHook | None) -> Any:
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, mj_gates: dict[str, Tensor] | None = None, **kwargs: Any) -> Any:
-        if mj_gates is None:  # `forward` was called directly
+        if mj_gates is None:  # `forward` was called directly, or the router decides in here
             mj_gates = _route(self, args, kwargs)
         with self.jump_router.box.showing(mj_gates):
             if not self.jump_boxes:
@@ -109,14 +110,18 @@ def _rebuild(original: Any) -> nn.Module:
     return cls.__new__(cls)
 
 
-def install_router(block: nn.Module, router: Router) -> None:
-    """Make `block` a routed block."""
+def install_router(block: nn.Module, router: Any) -> None:
+    """Make `block` a routed block.
+
+    Args:
+        router: a `Router`, or what has its `route`, `box`, `context`, `name`, `dim` and `inside`.
+    """
     setattr(block, ROUTER, router)
     original: Any = type(block)
     cls = routed_class(original)
     block.__dict__["jump_boxes"] = {child: GateBox() for child in cls.jump_hook.rearrange} if cls.jump_hook else {}
     block.__class__ = cls
-    _rebind(block)
+    rebind(block)
 
 
 def box_of(block: Any, slot: str) -> GateBox:
@@ -130,10 +135,10 @@ def remove_router(block: nn.Module) -> None:
     delattr(block, ROUTER)
     del block.__dict__["jump_boxes"]
     block.__class__ = type(block).routed_class_of  # type: ignore[attr-defined]
-    _rebind(block)
+    rebind(block)
 
 
-def _rebind(block: nn.Module) -> None:
+def rebind(block: nn.Module) -> None:
     # accelerate's hooks keep the forward that they found, bound to the former class, and leave it when they go
     if "_old_forward" in block.__dict__:
         block._old_forward = type(block).forward.__get__(block)

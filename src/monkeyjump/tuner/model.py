@@ -25,7 +25,7 @@ from monkeyjump.tuner.gates import CANNOT_MERGE, Gate, install_gate, remove_gate
 from monkeyjump.tuner.reach import call_adapters_in_evaluation, why_silent
 from monkeyjump.tuner.router import Router
 from monkeyjump.tuner.state import split_training_state, training_state
-from monkeyjump.tuner.surroundings import context_of, hidden_size, holder_of, remove_context
+from monkeyjump.tuner.surroundings import context_in, context_of, hidden_size, holder_of, remove_context
 from monkeyjump.tuner.targets import BlockPlan, check_targets, default_targets, plan_blocks, targeted_modules
 
 _Tuner: Any = BaseTuner if TYPE_CHECKING else object  # always mixed into a tuner class
@@ -231,7 +231,7 @@ def routing_inputs(model: nn.Module, **given: Any) -> AbstractContextManager[Non
         given: `task_ids` `[B]`, `prompt_lengths` `[B]`, `labels` `[B, T]`; `prompt_columns`, the width of a
             batch of prompts, where code other than `PeftModel.generate` generates without a cache.
     """
-    return routers(model)[0].context.inputs(**given)
+    return context_in(model).inputs(**given)
 
 
 def _device_of(layer: BaseTunerLayer) -> torch.device:

@@ -51,6 +51,7 @@ class Router(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("learned_centers",)
     other_param_names = ("centers", "configs", "slots", "ready", "pending", "gathered", "gathering", "steps")
     active_adapters: list[str]
+    inside = False  # True: decides in the block's forward, so that gradient checkpointing decides again, alike
     weight = bias = None  # BaseTunerLayer would look for them in a base layer, for ever
 
     def __init__(self, name: str, dim: int, context: ForwardContext, active: list[str]) -> None:
@@ -221,15 +222,12 @@ class Router(nn.Module, BaseTunerLayer):
         self.pending[adapter] = seen + self.pending.get(adapter)
 
     def _task_gates(self, adapter: str, hidden: Tensor) -> Tensor:
-        ids = self.context.first("task_ids")
+        ids = self.context.tasks(hidden.shape[0], hidden.device)
         if ids is None:
             raise ValueError(
                 "granularity='task' needs task_ids [B] with every batch: pass task_ids=..., or wrap generate in "
                 "routing_inputs(model, task_ids=...); under Trainer set remove_unused_columns=False"
             )
-        ids = torch.as_tensor(ids, device=hidden.device).flatten()
-        if not len(ids) or hidden.shape[0] % len(ids):
-            raise ValueError(f"task_ids holds {len(ids)} ids for a batch of {hidden.shape[0]} rows; pass one per row")
         slots, experts = self.slots[adapter], self.configs[adapter].task_experts
         if experts is None:
             gates = F.one_hot(ids % len(slots), len(slots)).float()
@@ -242,7 +240,7 @@ class Router(nn.Module, BaseTunerLayer):
             )
             acts = [[float(matches(slot, names)) for slot in slots] for names in experts.values()]
             gates = is_task.float() @ torch.tensor(acts, device=ids.device)
-        return gates.unsqueeze(1).repeat_interleave(hidden.shape[0] // len(ids), 0)  # beams of a row stand together
+        return gates.unsqueeze(1)
 
     # ------------------------------------------------------------------ checks
 

@@ -39,6 +39,18 @@ def _hooked(model: nn.Module) -> ForwardContext | None:
     return next((owner for owner in owners if isinstance(owner, ForwardContext)), None)
 
 
+def context_in(model: nn.Module) -> ForwardContext:
+    """The context that adapters of a model read.
+
+    Raises:
+        ValueError: it has none, because it has no such adapters.
+    """
+    found = next((context for m in model.modules() if (context := _hooked(m)) is not None), None)
+    if found is None:
+        raise ValueError("this model has no routed adapter; make one with get_peft_model(model, MonkeyJumpConfig(...))")
+    return found
+
+
 def remove_context(model: nn.Module) -> None:
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.utils import transformers_weight_conversion
 from torch import Tensor
@@ -21,6 +21,8 @@ from transformers.core_model_loading import WeightRenaming
 from monkeyjump.config import MonkeyJumpConfig
 from monkeyjump.tuner.block import ROUTER
 from monkeyjump.tuner.model import routing_inputs
+
+TOLD: list[type[PeftConfig]] = [MonkeyJumpConfig]  # configs of methods whose blocks read task ids and prompts
 
 
 def extend_wrappers() -> None:
@@ -35,7 +37,7 @@ def extend_wrappers() -> None:
 
 
 def _is_routed(model: PeftModel) -> bool:
-    return any(isinstance(config, MonkeyJumpConfig) for config in model.peft_config.values())
+    return any(isinstance(config, tuple(TOLD)) for config in model.peft_config.values())
 
 
 def _with_task_ids(forward: Any) -> Any:
