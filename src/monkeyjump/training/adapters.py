@@ -1,7 +1,7 @@
 """From the `method` section to PEFT: which fields it takes, and the adapter's config that it makes.
 
-The routed method and the plain one of the same name take the same fields from the same preset, so that two
-runs that differ in `routed` alone differ in nothing else.
+The routed method, the plain one of the same name and the mixtures of it take the same fields from the same
+preset, so that two runs that differ in the method alone differ in nothing else.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from peft.utils import PeftType
 from torch import nn
 
 from monkeyjump.config import MonkeyJumpConfig
+from monkeyjump.methods import METHODS
+from monkeyjump.moe import ExpertConfig
 from monkeyjump.presets import PRESETS
 from monkeyjump.suggest import check_choice, did_you_mean
 from monkeyjump.tasks.errors import InputError
-from monkeyjump.tuner.registry import config_class
+from monkeyjump.tuner.registry import config_class, routable
 from monkeyjump.tuner.targets import default_targets
 
 if TYPE_CHECKING:
@@ -28,7 +30,18 @@ if TYPE_CHECKING:
 # set by PEFT or by us, never by a person
 INTERNAL = {"peft_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "base_fingerprint",
             "peft_version", "runtime_config", "task_type", "base"}  # fmt: skip
+OF_ROUTING = {"top_k"}  # of a preset: they are Monkey Jump's, though mixtures have a field of the same name
 UNKNOWN_STEPS = 1_000_000  # stands for the number of a run's steps where a config is made only to be checked
+
+
+def routed_unless_told(base: str) -> bool:
+    """What `routed` is where it is not given: false for methods with a router of their own."""
+    return not _is_mixture(base)
+
+
+def fields_of_comparison() -> set[str]:
+    """Fields that some of the methods of the table have and others not, such as `top_k` and `num_experts`."""
+    return set().union(*(row.fields() for row in METHODS.values())) - INTERNAL
 
 
 def adapter_fields(base: str, routed: bool) -> dict[str, tuple[Any, str]]:
@@ -97,14 +110,21 @@ def add_adapter(model: nn.Module, config: PeftConfig, name: str, **options: Any)
 
 
 def _class_of(base: str, routed: bool) -> type[PeftConfig]:
-    if routed:
-        return config_class(base)
     key = str(base).upper()
     names = [str(member.value) for member in PEFT_TYPE_TO_CONFIG_MAPPING if not member.value.startswith("MJ_")]
+    if routed and key in names:
+        return config_class(base)
     if key not in names:
-        raise ValueError(f"base={base!r} is not known: {did_you_mean(str(base), [n.lower() for n in names])}"
-                         f"choose one of {', '.join(sorted(n.lower() for n in names))}")  # fmt: skip
+        named = [name.lower() for name in names if not routed or name.lower() in routable() or _is_mixture(name)]
+        raise ValueError(
+            f"base={base!r} is not known: {did_you_mean(str(base), named)}choose one of {', '.join(sorted(named))}"
+        )
     return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[key]]
+
+
+def _is_mixture(base: str) -> bool:
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType._member_map_.get(str(base).upper()))
+    return cls is not None and issubclass(cls, ExpertConfig)
 
 
 def _build(base: str, routed: bool, preset: str, options: dict[str, Any]) -> PeftConfig:
@@ -115,6 +135,7 @@ def _build(base: str, routed: bool, preset: str, options: dict[str, Any]) -> Pef
     if routed:
         return MonkeyJumpConfig.from_preset(preset, **{"base": base, **options})
     chosen = {**(MonkeyJumpConfig.default_of_lora if issubclass(cls, LoraConfig) else {}), **PRESETS[preset].config}
+    chosen = {name: value for name, value in chosen.items() if name not in OF_ROUTING}
     if "target_r" in takes and "r" in PRESETS[preset].config:  # as MonkeyJumpConfig.from_preset does
         rank = chosen.pop("r")
         chosen |= {"target_r": rank, "init_r": math.ceil(1.5 * rank)}
