@@ -158,7 +158,7 @@ def test_every_candidate_trains_and_decodes_over_the_same_weights():
 
 def test_mixtures_have_the_experts_that_are_asked_for():
     base, settings = load_base(TINY), replace(TINY, experts=3, top_k=1, rank=4, dropout=0.1)
-    for name in ("moelora", "hydralora", "mola", "moe-adalora", "moe-propulsion"):
+    for name in ("moelora", "mixlora", "hydralora", "mola", "moe-adalora", "moe-propulsion"):
         config = build(name, base, settings).model.peft_config["default"]
         assert np.mean(config.expert_counts()) == 3
         assert config.top_k == (None if name == "hydralora" else 1)

@@ -13,7 +13,7 @@ FLOOR, REFERENCE = "floor", "peft-lora"
 CANDIDATES = (FLOOR, REFERENCE, "peft-adalora", "mj-lora", "mj-lora-fa", "mj-adalora", "mj-propulsion")
 PEFTS_OWN = {"peft-lora": "lora", "peft-adalora": "adalora"}  # candidate -> method
 ALL = (FLOOR, *PEFTS_OWN, *(name for name in METHODS if name not in PEFTS_OWN.values()))
-FIGURE2 = (FLOOR, REFERENCE, "hydralora", "moelora", "moe-lora-fa", "moe-adalora", "mj-lora", "mj-adalora",
+FIGURE2 = (FLOOR, REFERENCE, "mixlora", "hydralora", "moelora", "moe-lora-fa", "moe-adalora", "mj-lora", "mj-adalora",
            "mj-lora-fa", "mj-propulsion")  # fmt: skip
 SECTIONS = ("step", "inference", "saved", "memory", "size", "kmeans")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj")

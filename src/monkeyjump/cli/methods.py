@@ -19,7 +19,7 @@ COSTS = ("space", "time", "trainable", "router")  # the columns of Table 4
 SYMBOLS = (
     "Σ over the adapted projections of a block; i, o: a projection's inputs and outputs; d: width of the block's "
     "states; r: rank; N: experts; E: adapted projections of a block; R: those that Monkey Jump routes; F: those of "
-    "the feed-forward; K: adapters that act on a token."
+    "the feed-forward; K: adapters, k: experts that act on a token."
 )
 
 

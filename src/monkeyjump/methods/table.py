@@ -142,6 +142,33 @@ MIXTURES = (
         remarks=(),
     ),
     Method(
+        name="mixlora",
+        title="MixLoRA",
+        base="mixlora",
+        trains="A and B in the attention; N pairs A, B in the feed-forward, whose N copies share one router",
+        adapters=Formula(LOW_RANK, feed_forward="N * r * (i + o)"),
+        router=Formula(block="N * d if F else 0"),
+        routing="learned softmax on the feed-forward's input, the k best networks renormalized",
+        losses="load balance, over the tokens of all routers",
+        source="Li et al., 2024, arXiv:2404.15159",
+        sure=HIGH + "the authors' code",
+        cost=Table4(
+            "O((E - F + FN)dr)", "O((E - F + kF)dr), and k - 1 frozen down products more", "2(E - F + FN)dr", "Nd"
+        ),
+        reported=364,
+    ),
+    replace(
+        _MOE_LORA,
+        name="mixlora-attn",
+        title="MixLoRA's variant for the attention",
+        base="mixlora_attn",
+        losses="load balance",
+        source="none: for comparisons that adapt the attention alone",
+        sure="not the original, which has no experts in the attention",
+        paper=None,
+        remarks=(),
+    ),
+    Method(
         name="hydralora",
         title="HydraLoRA",
         base="hydralora",
