@@ -32,6 +32,7 @@ class Method:
         base: as a run's file names it.
         routed: whether Monkey Jump routes it.
         options: fields that make it this variant of `base`.
+        unread: fields that its config has and does not read.
         trains: what trains.
         adapters, router: trainable parameters of a block.
         routing: who decides what acts on a token.
@@ -57,6 +58,7 @@ class Method:
     losses: str = NO_LOSS
     routed: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
     reported: int | None = None
     remarks: tuple[str, ...] = ()
 
@@ -72,8 +74,7 @@ class Method:
 
     def fields(self) -> set[str]:
         """Names of its config's fields that mean something."""
-        names = {one.name for one in dataclasses.fields(self.config_class)}
-        return names - {"r"} if "target_r" in names else names  # AdaLoRA inherits r and does not read it
+        return {one.name for one in dataclasses.fields(self.config_class)} - set(self.unread)
 
     def config(self, **fields: Any) -> Any:
         """Its config, from those of the given fields that it has: one call for methods with different fields."""

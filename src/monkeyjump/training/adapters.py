@@ -74,17 +74,21 @@ def check_method(base: str, routed: bool, preset: str, options: dict[str, Any]) 
     _build(base, routed, preset, options)
 
 
-def adapter_config(method: Method, model: nn.Module, total_steps: int | None = None) -> PeftConfig:
+def adapter_config(
+    method: Method, model: nn.Module, total_steps: int | None = None, tasks: int | None = None
+) -> PeftConfig:
     """The config for `get_peft_model`.
 
     Args:
         model: the base model; it tells the default targets.
         total_steps: optimizer steps of the run, over which AdaLoRA spreads its rank schedule; None: unknown.
+        tasks: of the run, for methods that ask for their number; None: unknown.
     """
     options = dict(method.options)
     fields = adapter_fields(method.base, method.routed)
-    if "total_step" in fields and "total_step" not in options:
-        options["total_step"] = total_steps
+    for name, of_the_run in (("total_step", total_steps), ("num_tasks", tasks)):
+        if name in fields and name not in options:
+            options[name] = of_the_run
     preset = PRESETS[method.preset].config
     if (
         not method.routed
@@ -130,8 +134,9 @@ def _is_mixture(base: str) -> bool:
 def _build(base: str, routed: bool, preset: str, options: dict[str, Any]) -> PeftConfig:
     cls = _class_of(base, routed)
     takes = {field.name for field in dataclasses.fields(cls)}
-    if "total_step" in takes and not options.get("total_step"):
-        options = {**options, "total_step": UNKNOWN_STEPS}
+    for name, stands_in in (("total_step", UNKNOWN_STEPS), ("num_tasks", 1)):
+        if name in takes and options.get(name) is None:
+            options = {**options, name: stands_in}
     if routed:
         return MonkeyJumpConfig.from_preset(preset, **{"base": base, **options})
     chosen = {**(MonkeyJumpConfig.default_of_lora if issubclass(cls, LoraConfig) else {}), **PRESETS[preset].config}

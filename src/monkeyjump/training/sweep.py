@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
+from typing import Any
 
 from monkeyjump.methods import METHODS
 from monkeyjump.tasks.errors import InputError
@@ -22,7 +23,8 @@ def method_named(name: str, method: Method) -> Method:
     base = row.base if row else name.removeprefix(ROUTED).replace("-", "_")
     routed = row.routed if row else name.startswith(ROUTED)
     try:
-        options = {**_fitting(method, base, routed), **(row.options if row else {})}
+        known = adapter_fields(base, routed).keys() - set(row.unread if row else ())
+        options = {**_fitting(method.options, known), **(row.options if row else {})}
         check_method(base, routed, method.preset, options)
     except (TypeError, ValueError) as error:
         raise InputError(
@@ -31,18 +33,15 @@ def method_named(name: str, method: Method) -> Method:
     return Method(base=base, routed=routed, preset=method.preset, centers=method.centers, **options)
 
 
-def _fitting(method: Method, base: str, routed: bool) -> dict[str, object]:
-    """The fields that mean something to this method; what means nothing to any method is left for it to refuse.
+def _fitting(options: dict[str, Any], known: Set[str]) -> dict[str, Any]:
+    """The fields that mean something to a method; what means nothing to any method is left for it to refuse.
 
     A rank `r` is AdaLoRA's `target_r`, which it starts half above, as in presets.
     """
-    known = adapter_fields(base, routed).keys()
-    left_out = fields_of_comparison() - known
-    options = {name: value for name, value in method.options.items() if name not in left_out}
     if "target_r" in known and "r" in options and not {"target_r", "init_r"} & options.keys():
-        rank = options.pop("r")
-        options |= {"target_r": rank, "init_r": math.ceil(1.5 * rank)}
-    return options
+        options = {**options, "target_r": options["r"], "init_r": math.ceil(1.5 * options["r"])}
+    left_out = fields_of_comparison() - known
+    return {name: value for name, value in options.items() if name not in left_out}
 
 
 def sweep(config: RunConfig, methods: Sequence[str], seeds: Sequence[int]) -> Iterator[RunConfig]:
