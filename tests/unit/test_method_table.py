@@ -20,7 +20,9 @@ UNPRINTED = {"mixlora": 270_336, "moe-lora-fa": 737_280}  # where the paper's nu
 
 def config_of(row: Method, targets: list[str]) -> Any:
     ranks = {"r": 2, "init_r": 2, "target_r": 2, "total_step": 10}
-    return row.config(target_modules=list(targets), num_experts="2468" if row.base == "mola" else 4, **ranks)
+    return row.config(
+        target_modules=list(targets), num_experts="2468" if row.base == "mola" else 4, num_tasks=6, **ranks
+    )
 
 
 def blocks_of(base: nn.Module, targets: list[str]) -> list[Block]:
@@ -40,23 +42,25 @@ def counted(row: Method, base: nn.Module, targets: list[str]) -> int:
     return sum(p.numel() for name, p in trainable(model).items() if "ranknum" not in name)
 
 
-def expected(row: Method, blocks: list[Block]) -> int:
-    return row.count(blocks, VALUES, experts_of(row, len(blocks)))
+def expected(row: Method, base: nn.Module, targets: list[str]) -> int:
+    blocks = blocks_of(base, targets)
+    return row.count(blocks, {**VALUES, "H": base.config.num_attention_heads}, experts_of(row, len(blocks)))
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_formula_counts_a_real_adapter(name: str) -> None:
     base = llama()
-    blocks = blocks_of(base, LLAMA_TARGETS)
-    assert counted(method(name), base, LLAMA_TARGETS) == expected(method(name), blocks) > 0
+    wanted = expected(method(name), base, LLAMA_TARGETS)
+    assert counted(method(name), base, LLAMA_TARGETS) == wanted > 0
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_formula_counts_the_papers_model(name: str) -> None:
     base = qwen2_half_a_billion()
     assert blocks_of(base, ATTENTION) == list(LLAVA_ONEVISION)
+    wanted = expected(method(name), base, ATTENTION)
     total = counted(method(name), base, ATTENTION)
-    assert on_the_papers_model(method(name)) == expected(method(name), list(LLAVA_ONEVISION)) == total
+    assert on_the_papers_model(method(name)) == wanted == total
     reported = method(name).reported
     if name in UNPRINTED:
         assert total == UNPRINTED[name]

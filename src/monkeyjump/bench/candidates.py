@@ -23,6 +23,7 @@ from monkeyjump.tasks.errors import InputError, near_miss
 
 # AdaLoRA wants to know how long training is; a benchmark must not come to the end of it
 TOTAL_STEPS = 1_000_000
+TASKS = 4  # of MoRE; the rows of a batch take turns
 
 
 @dataclass
@@ -158,6 +159,7 @@ def _config(name: str, settings: Settings, center_init: str) -> PeftConfig:
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,
         "num_experts": _experts_of_layers(settings.experts) if row.base == "mola" else settings.experts,
+        "num_tasks": TASKS,
         "center_init": center_init,
     }
     if row.base != "hydralora":  # it is defined as a mixture of all its heads

@@ -19,7 +19,7 @@ COSTS = ("space", "time", "trainable", "router")  # the columns of Table 4
 SYMBOLS = (
     "Σ over the adapted projections of a block; i, o: a projection's inputs and outputs; d: width of the block's "
     "states; r: rank; N: experts; E: adapted projections of a block; R: those that Monkey Jump routes; F: those of "
-    "the feed-forward; K: adapters, k: experts that act on a token."
+    "the feed-forward; T: tasks; H: attention heads; K: adapters, k: experts that act on a token."
 )
 
 
@@ -97,7 +97,7 @@ def _tables(rows: Collection[dict[str, Any]]) -> Iterator[Table]:
     yield _table(f"Methods ({len(rows)})", ("name", "trains", "router", "extra losses"), cells)
     cells = [[row["name"], f"{row['title']}: {row['source']}", row["sure"]] for row in rows]
     yield _table("Where the definitions come from, and how sure they are", ("name", "source", "sure"), cells)
-    title = "Trainable parameters of a block; on LLaVA-OneVision-Qwen2-0.5B: q, k, v, o of 24 blocks, r 2, N 4"
+    title = "Trainable parameters of a block; on LLaVA-OneVision-Qwen2-0.5B: q, k, v, o of 24 blocks, r 2, N 4, T 6"
     cells = [[row["name"], row["adapters"], row["router"], *_counts(row)] for row in rows]
     yield _table(title, ("name", "adapters", "router", "on that model", "in Figure 2"), cells)
     cells = [[row["name"], *(_corrected(row, column) for column in COSTS)] for row in rows]

@@ -3,7 +3,7 @@
 i, o     inputs and outputs of an adapted projection        E   adapted projections of a block
 d        width of the block's states                        R   those of them that Monkey Jump routes
 r        rank                                               F   those of them in the feed-forward
-N        experts of a projection                            T   tasks
+N        experts of a projection                            T   tasks; H   attention heads
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Formula:
             values: of the symbols that are not shapes: r, N, T and so on.
             experts: N of each block, where it differs from block to block.
         """
-        total = _value(self.model, values)
+        total = _value(self.model, {**values, "d": blocks[0].hidden})
         for number, block in enumerate(blocks):
             own = {**values, "N": experts[number]} if experts else values
             total += self._of_block(block, own)

@@ -129,6 +129,22 @@ _MOE_LORA = Method(
     remarks=(PER_PROJECTION,),
 )
 
+PARALLEL = "32 * d + 16 + d"  # an adapter of bottleneck 16 beside the feed-forward
+SIGMOID = "8 * (E + {0}) * d + 4 * (E + {0}) * (E + {0}) + 9 * (E + {0})"  # SwiGLU, 4 wide per adapter
+_MOA = Method(
+    name="moa",
+    title="MoA, soft",
+    base="moa",
+    trains="A and B, an adapter parallel to the feed-forward, a prompt of 10 vectors in the attention, a router",
+    adapters=Formula(LOW_RANK, block=f"{PARALLEL} + 10 * d + H"),
+    router=Formula(block=SIGMOID.format(2)),
+    routing="one learned sigmoid router per block: a weight for each of its adapters",
+    source="Cao et al., 2025, arXiv:2506.05928",
+    sure=HIGH + "the authors' code, of which two versions differ in the router's input",
+    cost=Table4("O(Edr)", "O(Edr + Ed)", "2Edr + 43d", "O(Ed)"),
+    unread=("num_experts", "top_k"),
+)
+
 MIXTURES = (
     replace(
         _MOE_LORA,
@@ -193,6 +209,31 @@ MIXTURES = (
         sure=HIGH + "the authors' code; padding is left out of its loss",
         paper=None,
         remarks=(),
+    ),
+    Method(
+        name="more",
+        title="MoRE",
+        base="more",
+        trains="A and B, of which a task uses the first ranks; per-projection gates over ranks; one table of T tasks",
+        adapters=Formula(LOW_RANK),
+        router=Formula("r * d + r", model="T * d"),
+        routing="by task id: the rank that the task's embedding chooses, straight-through; the nearest task if unknown",
+        losses="contrast between tasks",
+        source="Zhang et al., 2025, arXiv:2505.22694",
+        sure="medium: text and released code differ; in the code the gates do not train, here they do",
+        cost=Table4("O(Edr)", "O(Edr)", "2Edr", "E(dr + r), once Td"),
+        unread=("num_experts", "top_k"),
+    ),
+    _MOA,
+    replace(
+        _MOA,
+        name="moa-sparse",
+        title="MoA, sparse",
+        options={"variant": "sparse"},
+        adapters=Formula(LOW_RANK, block=PARALLEL),
+        router=Formula(block=f"{SIGMOID.format(1)} + d + 1"),
+        routing="one learned sigmoid router per block; adapters below a learned threshold are off",
+        cost=replace(_MOA.cost, router="O(Ed)"),
     ),
     _MOE_LORA,
     replace(
