@@ -197,10 +197,18 @@ def test_a_signal_saves_and_says_how_to_go_on(train, folder: Path, number: int, 
     assert f"step {saved.name.rpartition('-')[2]} is saved" in last
 
 
-@pytest.mark.parametrize("base", ["moelora", "hydralora", "moe_adalora"])
+MIXTURES = {
+    "moelora": ["num_experts=3"],
+    "moe_adalora": ["num_experts=3", "init_r=4", "target_r=2"],
+    "more": ["r=4"],
+    "moa": ["variant=sparse"],
+}
+
+
+@pytest.mark.parametrize("base", MIXTURES)
 def test_a_mixture_trains_and_answers_like_any_method(train, folder: Path, base: str, capsys):
-    ranks = ["method.init_r=4", "method.target_r=2"] if base == "moe_adalora" else []
-    code, lines = train("run.yaml", f"method.base={base}", "method.num_experts=3", "method.lora_dropout=0", *ranks)
+    options = [f"method.{option}" for option in ("lora_dropout=0", *MIXTURES[base])]
+    code, lines = train("run.yaml", f"method.base={base}", *options)
     assert code == 0, lines
     out = folder / "out"
     losses = [line["loss"] for line in metrics(out) if "loss" in line]
@@ -208,7 +216,8 @@ def test_a_mixture_trains_and_answers_like_any_method(train, folder: Path, base:
     assert not (out / "centers.safetensors").exists()
     assert json.loads((out / "run.json").read_text())["routed"] == []
     saved = json.loads((out / "adapter" / "adapter_config.json").read_text())
-    assert saved["num_experts"] == 3
+    if base == "more":
+        assert saved["num_tasks"] == 2  # the run's
     if base == "moe_adalora":
         assert saved["total_step"] == 16
         weights = load_file(out / "adapter" / "adapter_model.safetensors")
