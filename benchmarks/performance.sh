@@ -20,4 +20,5 @@ measure wide --only step --pairs 12 --candidates $few \
     --hidden-size 1024 --heads 16 --kv-heads 16 --intermediate-size 2816
 measure inference --only inference --pairs 12 --decode-tokens 32 --candidates $few
 measure all --only step,saved,memory,size,kmeans --pairs 12
+measure mixtures --only step,saved,memory,size --pairs 12 --candidates all
 "${BIN:-.venv/bin}/python" benchmarks/router_share.py

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from monkeyjump.bench.settings import SECTIONS
+from monkeyjump.bench.settings import ALL, CANDIDATES, FIGURE2, SECTIONS
 from monkeyjump.cli import app
 
 SHAPE = "--hidden-size 32 --layers 2 --heads 4 --intermediate-size 48 --vocab-size 64 --length 8"
@@ -52,9 +52,15 @@ def test_results_have_every_section_and_every_raw_time(done):
     assert all(value is not None for row in record["figure2"].values() for value in row.values())
 
 
-def test_preset_gives_what_is_not_given(done):
+def test_preset_gives_what_is_not_given(done, tmp_path: Path):
     settings = done[1]["settings"]
     assert (settings["batch"], settings["accumulation"]) == (2, 2)
+    for arguments, candidates in ((["--preset", "fig2"], FIGURE2), (["--candidates", "all"], ALL), ([], CANDIDATES)):
+        line = [*f"bench {SHAPE} --only size --experts 3 --top-k 1 --output {tmp_path}".split(), *arguments]
+        assert app.run(line) == 0
+        record = json.loads((tmp_path / "results.json").read_text())
+        assert list(record["size"]) == list(candidates)
+        assert (record["settings"]["experts"], record["settings"]["top_k"]) == (3, 1)
 
 
 def test_machine_is_described(done):

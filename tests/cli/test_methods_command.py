@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from monkeyjump.cli.app import run
+from monkeyjump.methods import METHODS
 from monkeyjump.proven import KINDS, proven, write
 from monkeyjump.tuner.methods import NOT_ROUTABLE
 from monkeyjump.tuner.registry import routable
@@ -58,6 +59,29 @@ def test_bare_lists_routable_methods_and_reasons(capsys: pytest.CaptureFixture[s
     found = json.loads(printed(capsys, "--json"))
     assert found["routable"] == routable()
     assert found["refused"] == {name.lower(): reason for name, reason in NOT_ROUTABLE.items()}
+
+
+def test_every_method_has_its_formulas_and_its_source(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys)
+    found = json.loads(printed(capsys, "--json"))["methods"]
+    assert list(found) == list(METHODS)
+    for row in found.values():
+        assert all(row[key] for key in ("trains", "routing", "losses", "source", "sure", "adapters", "router"))
+    counts = text[text.index("Trainable parameters") : text.index("Table 4 of the paper, corrected")]
+    cells = [[cell.strip() for cell in line.split("│")] for line in counts.splitlines() if "│" in line]
+    rows = {name: row for _, name, *row, _ in cells}
+    assert rows["moelora"] == ["Σ [N r (i + o)]", "Σ [N i]", "1,425,408", "1,425K"]
+    assert rows["mj-adalora"] == ["Σ [r (i + o) + r]", "0", "270,528", "271K"]
+
+
+def test_tables_say_where_the_paper_is_corrected(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys)
+    for remark in {remark for row in METHODS.values() for remark in row.remarks}:
+        assert f"\n  {remark} (" in text
+    for number in ("364K", "902K"):
+        assert f"{number} in Figure 2" in text
+    moe = METHODS["moe-lora"]
+    assert f"│ {moe.cost.router} ({moe.paper.router})" in text
 
 
 def test_written_registry_reads_back(tmp_path: Path) -> None:

@@ -214,3 +214,45 @@ def test_a_signal_saves_and_says_how_to_go_on(train, folder: Path, number: int, 
     assert "Traceback" not in stderr
     (saved,) = (folder / "out" / "checkpoints").glob("checkpoint-*")
     assert f"step {saved.name.rpartition('-')[2]} is saved" in last
+
+
+MIXTURES = {
+    "moelora": ["num_experts=3"],
+    "moe_adalora": ["num_experts=3", "init_r=4", "target_r=2"],
+    "more": ["r=4"],
+    "moa": ["variant=sparse"],
+}
+
+
+@pytest.mark.parametrize("base", MIXTURES)
+def test_a_mixture_trains_and_answers_like_any_method(train, folder: Path, base: str, capsys):
+    options = [f"method.{option}" for option in ("lora_dropout=0", *MIXTURES[base])]
+    code, lines = train("run.yaml", f"method.base={base}", *options)
+    assert code == 0, lines
+    out = folder / "out"
+    losses = [line["loss"] for line in metrics(out) if "loss" in line]
+    assert sum(losses[-4:]) < sum(losses[:4])
+    assert not (out / "centers.safetensors").exists()
+    assert json.loads((out / "run.json").read_text())["routed"] == []
+    saved = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    if base == "more":
+        assert saved["num_tasks"] == 2  # the run's
+    if base == "moe_adalora":
+        assert saved["total_step"] == 16
+        weights = load_file(out / "adapter" / "adapter_model.safetensors")
+        singular = [value for name, value in weights.items() if name.endswith("mixture_E")]
+        left = sum(int((value != 0).sum()) for value in singular)
+        assert left == 3 * 2 * len(singular)  # target_r of three experts, over all layers
+    assert app.run(["evaluate", "out", "--against", "base"]) == 0
+    assert "films" in capsys.readouterr().out
+
+
+def test_methods_of_all_kinds_are_trained_from_one_file(train, folder: Path):
+    code, lines = train("run.yaml", "train.max_steps=2", "--methods", "mj-lora,moelora,moe-propulsion")
+    assert code == 0, lines
+    kinds = {path.name: json.loads((path / "adapter" / "adapter_config.json").read_text())["peft_type"]
+             for path in (folder / "out").iterdir()}  # fmt: skip
+    assert kinds == {"mj-lora-seed0": "MJ_LORA", "moelora-seed0": "MOELORA", "moe-propulsion-seed0": "MOE_PROPULSION"}
+    code, lines = train("run.yaml", "output.folder=never", "--methods", "moelroa")
+    assert code == 2
+    assert "--methods: 'moelroa': base='moelroa' is not known: did you mean 'moelora'" in lines[0]

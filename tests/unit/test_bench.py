@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,8 +18,10 @@ from monkeyjump.bench.memory import saved_bytes
 from monkeyjump.bench.passes import clear_gradients, decode, loss_of, tokens, training_step
 from monkeyjump.bench.report import figure2
 from monkeyjump.bench.run import above_floor
-from monkeyjump.bench.settings import CANDIDATES, Settings, Shape, check
+from monkeyjump.bench.settings import ALL, FIGURE2, Settings, Shape, check
 from monkeyjump.bench.timing import Work, interleaved, order_of, ratio, summary
+from monkeyjump.methods import METHODS
+from monkeyjump.moe import ExpertConfig
 from monkeyjump.tasks.errors import InputError
 from monkeyjump.tuner.model import routers
 
@@ -130,24 +133,54 @@ def test_every_candidate_trains_and_decodes_over_the_same_weights():
     ids = tokens(64, 2, 8, 0, "cpu")
     own = {id(parameter) for parameter in base.parameters()}
     losses = set()
-    for name in CANDIDATES:
+    for name in ALL:
         candidate = build(name, base, TINY)
         training_step(candidate, ids).prepare()
         loss = loss_of(candidate.model, ids)
         loss.backward()
-        losses.add(round(float(loss.detach()), 4) if "adalora" not in name else None)  # it adds a penalty
+        config = candidate.model.peft_config["default"] if candidate.optimizer else None
+        adds = "adalora" in name or (isinstance(config, ExpertConfig) and any(t.weight for t in config.terms()))
+        losses.add(None if adds or "moe-propulsion" in name else round(float(loss.detach()), 4))
         moved = [p for p in candidate.model.parameters() if p.grad is not None]
         assert bool(moved) == (name != "floor")
         assert not own & {id(p) for p in moved}
         assert own <= {id(p) for p in candidate.model.parameters()}
-        gathering = [r for r in routers(candidate.model) if r.pending] if name.startswith("mj-") else []
-        assert len(gathering) == (2 if name.startswith("mj-") else 0)
+        moving = name.startswith("mj-") and name != "mj-lora-trainable"
+        gathering = [r for r in routers(candidate.model) if r.pending] if moving else []
+        assert len(gathering) == (2 if moving else 0)
         clear_gradients(candidate.model)
         assert all(router.pending for router in gathering)  # a cleared gradient is no skipped step here
         work = decode(candidate, ids[:1], 2)
         assert work.run(work.prepare()).shape == (1, 1)
     assert len(losses - {None}) == 1  # adapters start as no change
     assert not any(parameter.requires_grad for parameter in base.parameters())
+
+
+def test_mixtures_have_the_experts_that_are_asked_for():
+    base, settings = load_base(TINY), replace(TINY, experts=3, top_k=1, rank=4, dropout=0.1)
+    for name in ("moelora", "mixlora", "hydralora", "mola", "moe-adalora", "moe-propulsion"):
+        config = build(name, base, settings).model.peft_config["default"]
+        assert np.mean(config.expert_counts()) == 3
+        assert config.top_k == (None if name == "hydralora" else 1)
+        if name != "moe-propulsion":
+            assert (config.rank, config.lora_dropout) == (6 if name == "moe-adalora" else 4, 0.1)
+    mola = build("mola", base, TINY).model.peft_config["default"]
+    assert mola.expert_counts() == [1, 3, 5, 7]
+
+
+def test_the_steps_of_an_optimizer_drive_the_ranks_of_a_mixture():
+    candidate = build("moe-adalora", load_base(TINY), TINY)
+    ids = tokens(64, 2, 8, 0, "cpu")
+    loss_of(candidate.model, ids).backward()
+    assert not candidate.model.base_model.rankallocator.ipt
+    candidate.optimizer.step()
+    assert candidate.model.base_model.rankallocator.ipt  # importance was scored
+
+
+def test_every_method_of_the_table_is_a_candidate():
+    known = {name.removeprefix("peft-") for name in ALL}
+    assert known == {"floor", *METHODS}
+    assert set(FIGURE2) <= set(ALL)
 
 
 def test_half_precision_is_the_bases_and_adapters_stay_float32():
@@ -202,6 +235,7 @@ def test_figure_is_a_picture_of_what_was_measured(tmp_path):
     [
         ({"pairs": 1}, "--pairs: 1 is below 2", "from 2 on"),
         ({"memory_batch": 0}, "--memory-batch: 0 is below 1", "from 1 on"),
+        ({"top_k": 5}, "--top-k: 5 is more than --experts 4", "4 at most"),
         ({"dropout": 1.0}, "--dropout: 1.0", "[0, 1)"),
         ({"candidates": ("mj-lroa",)}, "--candidates: 'mj-lroa'", "mj-lora"),
         ({"only": ()}, "--only: nothing", "step"),

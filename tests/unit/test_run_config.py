@@ -8,12 +8,14 @@ import pytest
 from omegaconf import OmegaConf
 from pydantic import BaseModel
 
+from monkeyjump.methods import METHODS
 from monkeyjump.tasks import InputError
 from monkeyjump.training.adapters import adapter_config
 from monkeyjump.training.arguments import NAMED, training_arguments
 from monkeyjump.training.config import SECTIONS, Centers, Method, Train, absolute, json_schema
 from monkeyjump.training.presets import RUN_PRESETS
 from monkeyjump.training.read import describe_fields, read_run, write_run
+from monkeyjump.training.sweep import method_named
 from tiny import llama
 
 GOOD = "model: {path: somewhere}\ndata: {tasks: [tweets]}\noutput: {folder: out}\n"
@@ -82,6 +84,39 @@ def test_the_plain_method_takes_what_the_routed_one_takes(written):
     assert set(plain.target_modules) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj"}
 
 
+def test_mixtures_are_named_as_base_and_never_routed(written):
+    found = written(GOOD, "method.base=moelora", "method.num_experts=3", "method.r=2").method
+    assert found.routed is False
+    config = adapter_config(found, llama())
+    assert (type(config).__name__, config.num_experts, config.r, config.top_k) == ("MoELoRAConfig", 3, 2, 2)
+    assert set(config.target_modules) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj"}
+    assert config.task_type == "CAUSAL_LM"
+    paper = adapter_config(written(GOOD, "method.base=moe_lora", preset="paper").method, llama())
+    assert (paper.r, paper.lora_alpha, paper.lora_dropout) == (2, 5, 0.05)
+    released = adapter_config(written(GOOD, "method.base=moe_lora", "method.preset=released").method, llama())
+    assert (released.r, released.top_k) == (8, 2)  # the preset's top_k is of Monkey Jump's routing
+    for base, rate in (("moe_lora_fa", 4e-4), ("moe_propulsion", 4e-4), ("moelora", 1e-4)):
+        assert written(GOOD, f"method.base={base}", preset="paper").train.learning_rate == rate
+    for base, ranks in (("moe_adalora", (3, 2)), ("adalora", (3, 2))):
+        config = adapter_config(written(GOOD, f"method.base={base}", preset="paper").method, llama(), 50)
+        assert (config.init_r, config.target_r, config.total_step) == (*ranks, 50)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_of_the_table_can_be_swept_over_the_same_file(written, name: str):
+    file = written(GOOD + "method: {r: 4, lora_alpha: 8, lora_dropout: 0.0, top_k: 1, shared_modules: [o_proj]}\n")
+    chosen = method_named(name, file.method)
+    row, config = METHODS[name], adapter_config(chosen, llama(), 50)
+    assert type(config) is row.config_class
+    assert (chosen.base, chosen.routed) == (row.base, row.routed)
+    assert all(getattr(config, field) == value for field, value in row.options.items())
+    if "propulsion" not in name:
+        rank = ("target_r", "init_r") if "adalora" in name else ("r",)
+        assert [getattr(config, field) for field in rank] == [4, 6][: len(rank)]
+        assert (config.lora_alpha, config.lora_dropout) == (8, 0.0)
+    assert written(write_run(file.model_copy(update={"method": chosen}))).method == chosen
+
+
 def test_paths_are_relative_to_the_file(written, tmp_path: Path):
     (tmp_path / "mine.jsonl").write_text("{}\n")
     (tmp_path / "model").mkdir()
@@ -116,6 +151,20 @@ BROKEN = [
     (GOOD + "train: {arguments: {fdsp: x}}\n", "'fdsp' is no argument of TrainingArguments: did you mean 'fsdp'", ""),
     (GOOD + "method: {topk: 2}\n", "'topk' is no field of lora: did you mean 'top_k'", ""),
     (GOOD + "method: {base: lroa}\n", "base='lroa' is not known: did you mean", ""),
+    (GOOD + "method: {base: moelroa}\n", "base='moelroa' is not known: did you mean 'moelora'", ""),
+    (
+        GOOD + "method: {base: moelora, num_expert: 4}\n",
+        "'num_expert' is no field of moelora: did you mean 'num_exp",
+        "",
+    ),
+    (GOOD + "method: {base: moelora, shared_modules: []}\n", "'shared_modules' is no field of moelora", ""),
+    (GOOD + "method: {base: moelora, top_k: 5}\n", "top_k=5 is out of range: there are only num_experts=4", ""),
+    (
+        GOOD + "method: {base: moelora, routed: true}\n",
+        "base='moelora' cannot be routed: it has a router of its own",
+        "",
+    ),
+    (GOOD + "method: {base: hydralora, topk: 1, centers: {evry: 2}}\n", "'topk' is no field of hydralora", ""),
     (GOOD + "method: {top_k: 0}\n", "top_k=0 is out of range: use an integer of at least 1", ""),
     (GOOD + "method: {temperature: 0}\n", "temperature=0 is out of range: use a number above 0", ""),
     (GOOD + "method: {centers: {evry: 2}}\n", "unknown field 'method.centers.evry' = 2", "'every'"),

@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftConfig, get_peft_model
+from peft import AdaLoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
 from monkeyjump import CenterUpdate, MonkeyJumpConfig
-from monkeyjump.bench.settings import FLOOR, Settings
+from monkeyjump.bench.settings import FLOOR, PEFTS_OWN, Settings
+from monkeyjump.methods import method
+from monkeyjump.moe import MoETuner, RankUpdate
 from monkeyjump.tasks.errors import InputError, near_miss
 
 # AdaLoRA wants to know how long training is; a benchmark must not come to the end of it
 TOTAL_STEPS = 1_000_000
+TASKS = 4  # of MoRE; the rows of a batch take turns
 
 
 @dataclass
@@ -120,13 +123,16 @@ def build(name: str, base: nn.Module, settings: Settings, center_init: str = "ra
     return Candidate(name, model.train(), _optimizer(model, settings))
 
 
-def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+def _optimizer(model: Any, settings: Settings) -> torch.optim.Optimizer:
     """AdamW; a routed model's centers follow its steps, and its routers gather for them in every pass."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    if isinstance(model.peft_config["default"], MonkeyJumpConfig):  # type: ignore[index]
+    config, tuner = model.peft_config["default"], model.base_model
+    if isinstance(config, MonkeyJumpConfig):
         CenterUpdate(every=2, until=TOTAL_STEPS).attach(model, optimizer, total_steps=TOTAL_STEPS)
-    elif isinstance(model.peft_config["default"], AdaLoraConfig):  # type: ignore[index]
+    elif isinstance(config, AdaLoraConfig):
         optimizer.register_step_post_hook(_rank_schedule(model))
+    elif isinstance(tuner, MoETuner) and tuner.rankallocator is not None:
+        RankUpdate().attach(model, optimizer)
     return optimizer
 
 
@@ -143,19 +149,25 @@ def _rank_schedule(model: Any) -> Callable[..., None]:
 
 
 def _config(name: str, settings: Settings, center_init: str) -> PeftConfig:
-    base = name.partition("-")[2].replace("-", "_")
-    fields = {"target_modules": list(settings.targets), **_base_fields(base, settings)}
-    if name.startswith("mj-"):
-        fields["center_init"] = center_init
-        return MonkeyJumpConfig(base=base, **fields)
-    return {"lora": LoraConfig, "adalora": AdaLoraConfig}[base](**fields)
+    row = method(PEFTS_OWN.get(name, name))
+    fields: dict[str, Any] = {
+        "target_modules": list(settings.targets),
+        "r": settings.rank,
+        "target_r": settings.rank,
+        "init_r": math.ceil(1.5 * settings.rank),  # AdaLoRA's ranks start above the one that they end with
+        "total_step": TOTAL_STEPS,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": settings.dropout,
+        "num_experts": _experts_of_layers(settings.experts) if row.base == "mola" else settings.experts,
+        "num_tasks": TASKS,
+        "center_init": center_init,
+    }
+    if row.base != "hydralora":  # it is defined as a mixture of all its heads
+        fields["top_k"] = settings.top_k
+    return row.config(**fields)
 
 
-def _base_fields(base: str, settings: Settings) -> dict[str, Any]:
-    low_rank = {"lora_alpha": settings.alpha, "lora_dropout": settings.dropout}
-    if base == "adalora":  # its ranks start above the one that they end with
-        ranks = {"init_r": math.ceil(1.5 * settings.rank), "target_r": settings.rank}
-        return {**low_rank, **ranks, "total_step": TOTAL_STEPS}
-    if base == "propulsion":
-        return {}
-    return {**low_rank, "r": settings.rank}
+def _experts_of_layers(mean: int) -> list[int]:
+    """MoLA's four groups of layers with `mean` experts on average: 1, 3, 5, 7 for 4."""
+    spread = min(3, mean - 1)
+    return [mean - spread, mean - spread // 3, mean + spread // 3, mean + spread]

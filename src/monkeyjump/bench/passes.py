@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from monkeyjump.bench.candidates import Candidate
@@ -22,8 +23,10 @@ def vocabulary_of(model: Any) -> int:
 
 
 def loss_of(model: Any, ids: Tensor) -> Tensor:
-    """The loss of a training forward over `[B, T]` ids."""
-    return model(input_ids=ids, labels=ids, use_cache=False).loss
+    """The loss of a training forward over `[B, T]` ids; where a method asks for tasks, rows take turns."""
+    tasks = getattr(model.peft_config["default"], "num_tasks", None) if isinstance(model, PeftModel) else None
+    given = {} if tasks is None else {"task_ids": torch.arange(len(ids), device=ids.device) % tasks}
+    return model(input_ids=ids, labels=ids, use_cache=False, **given).loss
 
 
 def clear_gradients(model: Any) -> None:

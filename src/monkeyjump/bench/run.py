@@ -22,6 +22,7 @@ from monkeyjump.bench.passes import decode, forward, loss_of, prefill, tokens, t
 from monkeyjump.bench.settings import FLOOR, REFERENCE, Settings, check
 from monkeyjump.bench.size import kmeans_times, sizes
 from monkeyjump.bench.timing import Work, interleaved, ratio, summary
+from monkeyjump.methods import METHODS
 from monkeyjump.tasks.errors import InputError
 
 PACKAGES = ("monkeyjump", "torch", "transformers", "peft", "numpy", "scipy")
@@ -62,7 +63,7 @@ def run(settings: Settings, progress: Progress) -> Record:
     del candidates
     if "memory" in settings.only:
         record["memory"] = _memory(settings, progress)
-    routed = [name for name in settings.candidates if name.startswith("mj-")]
+    routed = [name for name in settings.candidates if name.startswith("mj-") and not METHODS[name].options]
     if "kmeans" in settings.only and routed:
         with progress.bar("k-means", 1) as bar:
             # the same for all of them: the states are the base model's, the centers one per routed slot

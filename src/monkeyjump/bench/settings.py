@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from monkeyjump.methods import METHODS
 from monkeyjump.tasks.errors import InputError, near_miss
 
 FLOOR, REFERENCE = "floor", "peft-lora"
 CANDIDATES = (FLOOR, REFERENCE, "peft-adalora", "mj-lora", "mj-lora-fa", "mj-adalora", "mj-propulsion")
+PEFTS_OWN = {"peft-lora": "lora", "peft-adalora": "adalora"}  # candidate -> method
+ALL = (FLOOR, *PEFTS_OWN, *(name for name in METHODS if name not in PEFTS_OWN.values()))
+FIGURE2 = (FLOOR, REFERENCE, "mixlora", "hydralora", "moelora", "moe-lora-fa", "moe-adalora", "mj-lora", "mj-adalora",
+           "mj-lora-fa", "mj-propulsion")  # fmt: skip
 SECTIONS = ("step", "inference", "saved", "memory", "size", "kmeans")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj")
-PRESETS: dict[str, dict[str, int]] = {"fig2": {"batch": 8, "accumulation": 2, "memory_batch": 8}}
+PRESETS: dict[str, dict[str, Any]] = {"fig2": {"batch": 8, "accumulation": 2, "memory_batch": 8, "candidates": FIGURE2}}
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,8 @@ class Settings:
         batch, length: rows and tokens a row of a training step and of a forward pass.
         accumulation: training steps per optimizer step; only enters the training minutes.
         dtype: of the base model; adapters are float32.
+        experts, top_k: of the mixtures (MoLA: `experts` on average); `top_k` also of Monkey Jump, and not of
+            HydraLoRA, which mixes all.
         pairs: rounds, each with one pass of every candidate.
         optimizer: let AdamW step inside the timed training step.
         input_gradients: let gradients flow down to the embeddings in every candidate, as gradient
@@ -57,6 +65,8 @@ class Settings:
     rank: int = 2
     alpha: float = 5.0
     dropout: float = 0.0
+    experts: int = 4
+    top_k: int = 2
     targets: tuple[str, ...] = TARGETS
     pairs: int = 20
     warmup: int = 2
@@ -82,6 +92,8 @@ _AT_LEAST_ONE = (
     "batch",
     "accumulation",
     "rank",
+    "experts",
+    "top_k",
     "warmup",
     "decode_tokens",
     "memory_batch",
@@ -103,11 +115,15 @@ def check(settings: Settings) -> None:
     _at_least("seed", settings.seed, 0)
     if settings.threads is not None:
         _at_least("threads", settings.threads, 1)
+    if settings.top_k > settings.experts:
+        raise InputError(
+            f"--top-k: {settings.top_k} is more than --experts {settings.experts}", hint=f"{settings.experts} at most"
+        )
     if not 0 <= settings.dropout < 1:
         raise InputError(f"--dropout: {settings.dropout} is out of range", hint="a number in [0, 1)")
     if not settings.alpha > 0:
         raise InputError(f"--alpha: {settings.alpha} is out of range", hint="a number above 0")
-    _names("candidates", settings.candidates, CANDIDATES)
+    _names("candidates", settings.candidates, ALL)
     _names("only", settings.only, SECTIONS)
     if not settings.targets:
         raise InputError("--targets: no module is named", hint=f"such as --targets {','.join(TARGETS)}")

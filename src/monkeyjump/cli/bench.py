@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from monkeyjump.bench.settings import CANDIDATES, PRESETS, SECTIONS, TARGETS, Settings, Shape, check
+from monkeyjump.bench.settings import ALL, CANDIDATES, PRESETS, SECTIONS, TARGETS, Settings, Shape, check
 from monkeyjump.tasks.errors import InputError
 
 if TYPE_CHECKING:
@@ -53,7 +53,9 @@ def bench(
     vocab_size: Annotated[int, typer.Option(help="Without --model.")] = SHAPE.vocab_size,
     preset: Annotated[
         PresetOption | None,
-        typer.Option(help="fig2: batch 8, accumulation 2, as the paper's Figure 2; an option given beside it wins."),
+        typer.Option(
+            help="fig2: batch 8, accumulation 2, the methods of the paper's Figure 2; an option given beside it wins."
+        ),
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Rows of a training step. Default: 4.")] = None,
     length: Annotated[int, typer.Option(help="Tokens a row.")] = DEFAULTS.length,
@@ -67,7 +69,15 @@ def bench(
     alpha: Annotated[float, typer.Option(help="Their alpha.")] = DEFAULTS.alpha,
     dropout: Annotated[float, typer.Option(help="On their input.")] = DEFAULTS.dropout,
     targets: Annotated[str, typer.Option(help="Adapted modules, by comma.")] = ",".join(TARGETS),
-    candidates: Annotated[str, typer.Option(help="What is compared, by comma.")] = ",".join(CANDIDATES),
+    experts: Annotated[int, typer.Option(help="Experts of a projection in the mixtures.")] = DEFAULTS.experts,
+    top_k: Annotated[int, typer.Option(help="Of them that act on a token; the same for Monkey Jump.")] = DEFAULTS.top_k,
+    candidates: Annotated[
+        str | None,
+        typer.Option(
+            help=f"What is compared, by comma: floor, or names of `monkeyjump methods` (PEFT's own as peft-lora and "
+            f"peft-adalora); all: all of them. Default: {','.join(CANDIDATES)}."
+        ),
+    ] = None,
     only: Annotated[str, typer.Option(help="Sections to measure, by comma.")] = ",".join(SECTIONS),
     pairs: Annotated[int, typer.Option(help="Interleaved rounds of every timing.")] = DEFAULTS.pairs,
     warmup: Annotated[int, typer.Option(help="Rounds before them that do not count.")] = DEFAULTS.warmup,
@@ -104,6 +114,8 @@ def bench(
 
       monkeyjump bench --only step,saved --pairs 6
 
+      monkeyjump bench --candidates floor,peft-lora,mj-lora,moelora --only step,saved
+
       monkeyjump bench --preset fig2 --model ./my-model --dtype bfloat16 --device cuda
     """
     chosen = PRESETS[preset.value] if preset else {}
@@ -118,6 +130,8 @@ def bench(
         rank=rank,
         alpha=alpha,
         dropout=dropout,
+        experts=experts,
+        top_k=top_k,
         targets=_list(targets),
         pairs=pairs,
         warmup=warmup,
@@ -130,7 +144,7 @@ def bench(
         steps=steps,
         seed=seed,
         threads=threads,
-        candidates=_list(candidates),
+        candidates=_candidates(candidates) or chosen.get("candidates", CANDIDATES),
         only=_list(only),
     )
     check(settings)
@@ -144,6 +158,10 @@ def bench(
 
 def _first(*values: int | None) -> int:
     return next(value for value in values if value is not None)
+
+
+def _candidates(text: str | None) -> tuple[str, ...]:
+    return ALL if text == "all" else _list(text or "")
 
 
 def _list(text: str) -> tuple[str, ...]:

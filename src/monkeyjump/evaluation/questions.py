@@ -12,6 +12,7 @@ from torch import nn
 
 from monkeyjump.tasks import Examples, Prompts, Task
 from monkeyjump.tasks.prompts import Tokens
+from monkeyjump.training.probe import needs_task_ids
 from monkeyjump.tuner.model import routing_inputs
 from monkeyjump.tuner.router import Router
 
@@ -53,8 +54,8 @@ class Questions:
 
 
 def told(model: nn.Module, questions: Sequence[Question]) -> AbstractContextManager[Any]:
-    """Context: routers learn where each prompt ends and which task it is of; nothing for other models."""
-    if not any(isinstance(module, Router) for module in model.modules()):
+    """Context: routers (and MoRE) learn where each prompt ends and which task it is of; nothing for other models."""
+    if not any(isinstance(module, Router) for module in model.modules()) and not needs_task_ids(model):
         return nullcontext()
     lengths = torch.tensor([question.length for question in questions])
     ids = torch.tensor([question.task_id for question in questions])

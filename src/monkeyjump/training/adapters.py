@@ -1,7 +1,7 @@
 """From the `method` section to PEFT: which fields it takes, and the adapter's config that it makes.
 
-The routed method and the plain one of the same name take the same fields from the same preset, so that two
-runs that differ in `routed` alone differ in nothing else.
+The routed method, the plain one of the same name and the mixtures of it take the same fields from the same
+preset, so that two runs that differ in the method alone differ in nothing else.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from peft.utils import PeftType
 from torch import nn
 
 from monkeyjump.config import MonkeyJumpConfig
+from monkeyjump.methods import METHODS
+from monkeyjump.moe import ExpertConfig
 from monkeyjump.presets import PRESETS
 from monkeyjump.suggest import check_choice, did_you_mean
 from monkeyjump.tasks.errors import InputError
-from monkeyjump.tuner.registry import config_class
+from monkeyjump.tuner.registry import config_class, routable
 from monkeyjump.tuner.targets import default_targets
 
 if TYPE_CHECKING:
@@ -28,7 +30,18 @@ if TYPE_CHECKING:
 # set by PEFT or by us, never by a person
 INTERNAL = {"peft_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "base_fingerprint",
             "peft_version", "runtime_config", "task_type", "base"}  # fmt: skip
+OF_ROUTING = {"top_k"}  # of a preset: they are Monkey Jump's, though mixtures have a field of the same name
 UNKNOWN_STEPS = 1_000_000  # stands for the number of a run's steps where a config is made only to be checked
+
+
+def routed_unless_told(base: str) -> bool:
+    """What `routed` is where it is not given: false for methods with a router of their own."""
+    return not _is_mixture(base)
+
+
+def fields_of_comparison() -> set[str]:
+    """Fields that some of the methods of the table have and others not, such as `top_k` and `num_experts`."""
+    return set().union(*(row.fields() for row in METHODS.values())) - INTERNAL
 
 
 def adapter_fields(base: str, routed: bool) -> dict[str, tuple[Any, str]]:
@@ -61,17 +74,21 @@ def check_method(base: str, routed: bool, preset: str, options: dict[str, Any]) 
     _build(base, routed, preset, options)
 
 
-def adapter_config(method: Method, model: nn.Module, total_steps: int | None = None) -> PeftConfig:
+def adapter_config(
+    method: Method, model: nn.Module, total_steps: int | None = None, tasks: int | None = None
+) -> PeftConfig:
     """The config for `get_peft_model`.
 
     Args:
         model: the base model; it tells the default targets.
         total_steps: optimizer steps of the run, over which AdaLoRA spreads its rank schedule; None: unknown.
+        tasks: of the run, for methods that ask for their number; None: unknown.
     """
     options = dict(method.options)
     fields = adapter_fields(method.base, method.routed)
-    if "total_step" in fields and "total_step" not in options:
-        options["total_step"] = total_steps
+    for name, of_the_run in (("total_step", total_steps), ("num_tasks", tasks)):
+        if name in fields and name not in options:
+            options[name] = of_the_run
     preset = PRESETS[method.preset].config
     if (
         not method.routed
@@ -97,24 +114,33 @@ def add_adapter(model: nn.Module, config: PeftConfig, name: str, **options: Any)
 
 
 def _class_of(base: str, routed: bool) -> type[PeftConfig]:
-    if routed:
-        return config_class(base)
     key = str(base).upper()
     names = [str(member.value) for member in PEFT_TYPE_TO_CONFIG_MAPPING if not member.value.startswith("MJ_")]
+    if routed and key in names:
+        return config_class(base)
     if key not in names:
-        raise ValueError(f"base={base!r} is not known: {did_you_mean(str(base), [n.lower() for n in names])}"
-                         f"choose one of {', '.join(sorted(n.lower() for n in names))}")  # fmt: skip
+        named = [name.lower() for name in names if not routed or name.lower() in routable() or _is_mixture(name)]
+        raise ValueError(
+            f"base={base!r} is not known: {did_you_mean(str(base), named)}choose one of {', '.join(sorted(named))}"
+        )
     return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[key]]
+
+
+def _is_mixture(base: str) -> bool:
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType._member_map_.get(str(base).upper()))
+    return cls is not None and issubclass(cls, ExpertConfig)
 
 
 def _build(base: str, routed: bool, preset: str, options: dict[str, Any]) -> PeftConfig:
     cls = _class_of(base, routed)
     takes = {field.name for field in dataclasses.fields(cls)}
-    if "total_step" in takes and not options.get("total_step"):
-        options = {**options, "total_step": UNKNOWN_STEPS}
+    for name, stands_in in (("total_step", UNKNOWN_STEPS), ("num_tasks", 1)):
+        if name in takes and options.get(name) is None:
+            options = {**options, name: stands_in}
     if routed:
         return MonkeyJumpConfig.from_preset(preset, **{"base": base, **options})
     chosen = {**(MonkeyJumpConfig.default_of_lora if issubclass(cls, LoraConfig) else {}), **PRESETS[preset].config}
+    chosen = {name: value for name, value in chosen.items() if name not in OF_ROUTING}
     if "target_r" in takes and "r" in PRESETS[preset].config:  # as MonkeyJumpConfig.from_preset does
         rank = chosen.pop("r")
         chosen |= {"target_r": rank, "init_r": math.ceil(1.5 * rank)}

@@ -29,7 +29,7 @@ class Rows(Protocol):
 def build_model(config: RunConfig, place: str, total_steps: int | None = None) -> Any:
     """A newly read base with an adapter drawn from `train.seed`: no run sees what another left behind."""
     base = load(config.model, place)
-    adapter = adapter_config(config.method, base, total_steps)
+    adapter = adapter_config(config.method, base, total_steps, len(config.data.tasks))
     transformers.set_seed(config.train.seed)
     return add_adapter(base, adapter, place)
 

@@ -24,7 +24,7 @@ from monkeyjump.presets import PRESETS
 from monkeyjump.suggest import check_choice
 from monkeyjump.tasks.description import Task
 from monkeyjump.tasks.loading import SizeName
-from monkeyjump.training.adapters import adapter_fields, check_method
+from monkeyjump.training.adapters import adapter_fields, check_method, routed_unless_told
 from monkeyjump.training.arguments import check_arguments
 from monkeyjump.training.problems import explain
 
@@ -89,8 +89,11 @@ class Method(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    base: str = Field(default="lora", description="PEFT method by name: lora, lora_fa, adalora, propulsion, ia3, ...")
-    routed: bool = Field(default=True, description="false: the same PEFT method without routing, for comparison")
+    base: str = Field(default="lora", description="PEFT method by name: lora, lora_fa, ..., or a mixture: moelora, ...")
+    routed: bool = Field(
+        default=True,
+        description="false: the same PEFT method without routing, for comparison; always so for mixtures of experts",
+    )
     preset: str = Field(default="recommended", description="defaults of the fields: " + ", ".join(PRESETS))
     centers: Centers = Field(default=Centers(), description="start and movement of the routing centers")
 
@@ -98,6 +101,11 @@ class Method(BaseModel):
     def options(self) -> dict[str, Any]:
         """The fields that go to the adapter's own config."""
         return dict(self.model_extra or {})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mixtures_have_routers_of_their_own(cls, given: Any) -> Any:
+        return {"routed": routed_unless_told(given.get("base", "lora")), **given} if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _known_to_the_adapter(self) -> Method:

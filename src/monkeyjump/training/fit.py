@@ -12,6 +12,7 @@ from peft.tuners.adalora import AdaLoraModel
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from monkeyjump import CenterUpdate
+from monkeyjump.moe import MoETuner, RankUpdate
 from monkeyjump.training.arguments import training_arguments
 from monkeyjump.training.building import Rows
 from monkeyjump.training.callbacks import (
@@ -114,6 +115,8 @@ def fit(
         ranks = RankSchedule(model.base_model, watch.resume)
         callbacks.append(ranks)
         extra.append(ranks.save)
+    elif isinstance(model.base_model, MoETuner) and model.base_model.rankallocator is not None:
+        callbacks.append(RankUpdate())
     if watch.routing is not None and train.routing_every:
         callbacks.append(LogRouting(watch.routing, train.routing_every, watch.resume))
     callbacks += watch.callbacks

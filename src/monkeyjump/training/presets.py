@@ -66,7 +66,7 @@ def find_preset(name: str, base: str) -> dict[str, Any]:
     values = RUN_PRESETS[name]
     if not name.startswith("paper"):
         return values
-    key = base.lower()
+    key = base.lower().removeprefix("moe_")  # a mixture is trained as what it is a mixture of
     rank = _RANK_ONE.get(key, {"r": 1}) if name == "paper-vision" else {}
     return {
         **values,

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from monkeyjump.tasks.errors import InputError
 from monkeyjump.tasks.reading import read_mapping
-from monkeyjump.training.adapters import adapter_fields, check_method
+from monkeyjump.training.adapters import adapter_fields, check_method, routed_unless_told
 from monkeyjump.training.config import SECTIONS, Centers, Method, RunConfig
 from monkeyjump.training.presets import find_preset
 from monkeyjump.training.problems import explain
@@ -88,7 +88,8 @@ def _method_problems(raw: dict[str, Any], locations: list[tuple[int | str, ...]]
     if not isinstance(method, dict) or not any(place[0] == "method" and len(place) > 1 for place in locations):
         return []
     options = {name: value for name, value in method.items() if name not in Method.model_fields}
-    fields = {name: method.get(name, Method.model_fields[name].default) for name in ("base", "routed", "preset")}
+    fields = {name: method.get(name, Method.model_fields[name].default) for name in ("base", "preset")}
+    fields["routed"] = method.get("routed", routed_unless_told(str(fields["base"])))
     try:
         check_method(str(fields["base"]), bool(fields["routed"]), str(fields["preset"]), options)
     except (TypeError, ValueError) as error:
@@ -111,7 +112,9 @@ def describe_fields(base: str = "lora") -> list[tuple[str, str, str, str]]:
     for section, model in SECTIONS.items():
         found += _describe(section, model)
         if section == "method":
-            extra = {n: f for n, f in adapter_fields(base, routed=True).items() if n not in Method.model_fields}
+            extra = {
+                n: f for n, f in adapter_fields(base, routed_unless_told(base)).items() if n not in Method.model_fields
+            }
             found += [(f"method.{n}", "", _short(default), text) for n, (default, text) in extra.items()]
     return found
 

@@ -92,7 +92,7 @@ def _check_folder(folder: Path, config: RunConfig, resume: bool) -> bool:
 def _check_adapter(config: RunConfig, place: str) -> None:
     """Puts the adapter on the model's skeleton: what does not fit is told before anything is written."""
     base = skeleton(config.model, place)
-    add_adapter(base, adapter_config(config.method, base), place)
+    add_adapter(base, adapter_config(config.method, base, tasks=len(config.data.tasks)), place)
 
 
 def _check_data(folder: Path, data: RunData, going_on: bool) -> None:

@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence, Set
+from typing import Any
 
+from monkeyjump.methods import METHODS
 from monkeyjump.tasks.errors import InputError
-from monkeyjump.training.adapters import adapter_fields, check_method
+from monkeyjump.training.adapters import adapter_fields, check_method, fields_of_comparison
 from monkeyjump.training.config import Method, RunConfig
 
 ROUTED = "mj-"
 
 
 def method_named(name: str, method: Method) -> Method:
-    """`mj-lora` is LoRA with routing, `lora` without; the other fields stay. Raises InputError."""
-    routed = name.startswith(ROUTED)
-    base = name.removeprefix(ROUTED).replace("-", "_")
+    """`mj-lora` is LoRA with routing, `lora` without, `moelora` a mixture; the other fields stay. Raises InputError.
+
+    Names are those of `monkeyjump methods`, and of all of PEFT's methods with and without `mj-`.
+    """
+    row = METHODS.get(name)
+    base = row.base if row else name.removeprefix(ROUTED).replace("-", "_")
+    routed = row.routed if row else name.startswith(ROUTED)
     try:
-        check_method(base, routed, method.preset, _fitting(method, base, routed))
+        known = adapter_fields(base, routed).keys() - set(row.unread if row else ())
+        options = {**_fitting(method.options, known), **(row.options if row else {})}
+        check_method(base, routed, method.preset, options)
     except (TypeError, ValueError) as error:
         raise InputError(
-            f"--methods: '{name}': {error}", hint="write lora, mj-lora, lora-fa, mj-lora-fa, ..."
+            f"--methods: '{name}': {error}", hint="write lora, mj-lora, moelora, ...: `monkeyjump methods` lists them"
         ) from error
-    return Method(
-        base=base, routed=routed, preset=method.preset, centers=method.centers, **_fitting(method, base, routed)
-    )
+    return Method(base=base, routed=routed, preset=method.preset, centers=method.centers, **options)
 
 
-def _fitting(method: Method, base: str, routed: bool) -> dict[str, object]:
-    """The fields of routing mean nothing to a plain method: left out there, and there alone."""
-    known = adapter_fields(base, routed)
-    of_routing = adapter_fields(base, True).keys() - adapter_fields(base, False).keys() if not routed else set()
-    return {name: value for name, value in method.options.items() if name in known or name not in of_routing}
+def _fitting(options: dict[str, Any], known: Set[str]) -> dict[str, Any]:
+    """The fields that mean something to a method; what means nothing to any method is left for it to refuse.
+
+    A rank `r` is AdaLoRA's `target_r`, which it starts half above, as in presets.
+    """
+    if "target_r" in known and "r" in options and not {"target_r", "init_r"} & options.keys():
+        options = {**options, "target_r": options["r"], "init_r": math.ceil(1.5 * options["r"])}
+    left_out = fields_of_comparison() - known
+    return {name: value for name, value in options.items() if name not in left_out}
 
 
 def sweep(config: RunConfig, methods: Sequence[str], seeds: Sequence[int]) -> Iterator[RunConfig]:
