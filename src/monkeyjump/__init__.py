@@ -8,6 +8,7 @@ initialize_centers(model, train_loader)
 Trainer(model, args, train_dataset=data, callbacks=[CenterUpdate()]).train()
 """
 
+import monkeyjump.moe  # noqa: F401  registers the mixtures with PEFT
 from monkeyjump.config import MonkeyJumpConfig
 from monkeyjump.presets import PRESETS
 from monkeyjump.tuner import LoraFAConfig, PropulsionConfig

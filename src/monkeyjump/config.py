@@ -15,7 +15,7 @@ from monkeyjump.presets import PRESETS
 from monkeyjump.routing.ema import EmaAssignment, EmaSpace
 from monkeyjump.routing.gates import GateNorm, Similarity
 from monkeyjump.routing.pooling import Granularity
-from monkeyjump.suggest import check_choice, did_you_mean
+from monkeyjump.suggest import check_choice, check_fields
 
 CenterInit = Literal["kmeans", "random", "random_normalized", "random_tokens", "trainable"]
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -92,14 +92,7 @@ class MonkeyJumpConfig(PeftConfig):
             from monkeyjump.tuner.registry import config_class  # the generated classes derive from this one
 
             cls = config_class(kwargs.get("base", "lora"))
-        known = {f.name for f in dataclasses.fields(cls)}
-        for name in kwargs:
-            if name not in known:
-                raise TypeError(  # PEFT recognizes these words and tolerates fields of newer versions
-                    f"MonkeyJumpConfig got an unexpected keyword argument {name!r} (value {kwargs[name]!r}): "
-                    f"{did_you_mean(name, known)}base={kwargs.get('base', 'lora')!r} has the fields "
-                    f"{', '.join(sorted(known))}"
-                )
+        check_fields(cls, kwargs, f"MonkeyJumpConfig(base={kwargs.get('base', 'lora')!r})")
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
@@ -118,13 +111,13 @@ class MonkeyJumpConfig(PeftConfig):
         for name, options in CHOICES.items():
             check_choice(name, getattr(self, name), options)
         _check_layers(self.layers_to_route)
-        _check_integer("top_k", self.top_k, least=1)
+        check_integer("top_k", self.top_k, least=1)
         if self.num_centers is not None:
-            _check_integer("num_centers", self.num_centers, least=1)
-        _check_integer("center_seed", self.center_seed, least=0)
-        _check_number("temperature", self.temperature, "above 0", lambda v: v > 0)
-        _check_number("jitter_noise", self.jitter_noise, "in [0, 1)", lambda v: 0 <= v < 1)
-        _check_number("ema_momentum", self.ema_momentum, "in [0, 1]", lambda v: 0 <= v <= 1)
+            check_integer("num_centers", self.num_centers, least=1)
+        check_integer("center_seed", self.center_seed, least=0)
+        check_number("temperature", self.temperature, "above 0", lambda v: v > 0)
+        check_number("jitter_noise", self.jitter_noise, "in [0, 1)", lambda v: 0 <= v < 1)
+        check_number("ema_momentum", self.ema_momentum, "in [0, 1]", lambda v: 0 <= v <= 1)
         if self.similarity != "cosine" and self.ema_space != "raw":
             raise ValueError(
                 f"ema_space={self.ema_space!r} is out of range: similarity={self.similarity!r} needs 'raw'"
@@ -194,11 +187,11 @@ def _check_layers(layers: Any) -> None:
             raise ValueError(f"layers_to_route={layers!r} is out of range: use block numbers from 0, or None for all")
 
 
-def _check_integer(name: str, value: object, least: int) -> None:
+def check_integer(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}={value!r} is out of range: use an integer of at least {least}")
 
 
-def _check_number(name: str, value: Any, range_: str, inside: Callable[[Any], bool]) -> None:
+def check_number(name: str, value: Any, range_: str, inside: Callable[[Any], bool]) -> None:
     if isinstance(value, bool) or not isinstance(value, Real) or not inside(value):
         raise ValueError(f"{name}={value!r} is out of range: use a number {range_}")

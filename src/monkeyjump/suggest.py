@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 def did_you_mean(value: object, options: Iterable[str]) -> str:
@@ -19,3 +20,15 @@ def check_choice(field: str, value: object, options: Iterable[str]) -> None:
         raise ValueError(
             f"{field}={value!r} is not known: {did_you_mean(value, options)}choose one of {', '.join(options)}"
         )
+
+
+def check_fields(cls: type, given: Mapping[str, object], title: str) -> None:
+    """Raise `TypeError` naming the first of the `given` names that is no field of the dataclass `cls`."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    for name in given:
+        if name not in known:
+            raise TypeError(  # PEFT recognizes these words and tolerates fields of newer versions
+                f"{title.partition('(')[0]} got an unexpected keyword argument {name!r} (value {given[name]!r}): "
+                f"{did_you_mean(name, known)}"
+                f"{title} has the fields {', '.join(sorted(known))}"
+            )

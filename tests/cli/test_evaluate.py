@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from run_inputs import write_run_inputs
 from safetensors.torch import load_file, save_file
-from small_inputs import rows, write_lines
+from small_inputs import rows, write_lines, write_task
 
 from monkeyjump.cli import app
 from monkeyjump.tasks.cache import write_manifest
@@ -189,3 +189,93 @@ def test_bad_sweeps_are_told(runs: Path, monkeypatch, capsys, arguments, error: 
     assert app.run(["train", "run.yaml", "output.folder=never", *arguments]) == 2
     assert error in capsys.readouterr().err
     assert not (runs / "never").exists()
+
+
+@pytest.fixture
+def alone(runs: Path) -> Path:
+    """What `save_pretrained` writes: the folder of an adapter, and no run around it."""
+    folder = runs / "alone"
+    if not folder.exists():
+        shutil.copytree(runs / "out/mj-lora-seed0/adapter", folder)
+        (folder / "manifest.json").unlink()
+    return folder
+
+
+def test_an_adapter_alone_against_its_base(evaluate, alone: Path):
+    tasks = ("--tasks", "films.yaml", "--tasks", "food.yaml")
+    code, found, _ = evaluate("alone", *tasks, "--limit", "5", "--against", "base", "--json")
+    assert code == 0
+    assert [one["task"] for one in found["tasks"]] == ["films", "food"]
+    assert len(found["against"]) == 3
+    assert (alone / "evaluation/adapter/results.json").is_file()
+
+
+def test_an_adapter_alone_equals_its_run_row_by_row(evaluate, alone: Path, runs: Path):
+    (runs / "both.yaml").write_text(
+        (runs / "films.yaml").read_text().replace("small: {train: 16, test: 8}", "full: {train: 16, test: 8}")
+    )
+    run = evaluate("out/mj-lora-seed0", "--json")[1]["tasks"][0]
+    code, found, _ = evaluate("alone", "--tasks", "both.yaml", "--json")
+    assert code == 0
+    first = found["tasks"][0]
+    assert (first["accepted"], first["answers"]) == (run["accepted"], run["answers"])
+
+
+def test_what_an_adapter_alone_leaves_open_is_asked_for(evaluate, alone: Path, runs: Path, capsys, monkeypatch):
+    code, _, err = evaluate("alone")
+    assert (code, "does not say its tasks" in err, "--tasks" in err) == (2, True, True)
+    config = alone / "adapter_config.json"
+    text = config.read_text()
+    config.write_text(json.dumps({**json.loads(text), "base_model_name_or_path": None}))
+    code, _, err = evaluate("alone", "--tasks", "films.yaml")
+    assert (code, "names no base model" in err, "--model" in err) == (2, True, True)
+    assert evaluate("alone", "--tasks", "films.yaml", "--model", "model")[0] == 0
+    config.write_text(text[:20])
+    assert (code := evaluate("alone", "--tasks", "films.yaml"))[0] == 2
+    assert "adapter_config.json: cannot be read" in code[2]
+    config.write_text(text)
+    code, _, err = evaluate("out/lora-seed0", "--model", "model")
+    assert (code, "leave --model out" in err) == (2, True)
+
+
+def test_plan_and_probe_take_an_adapter_alone(alone: Path, runs: Path, monkeypatch, capsys):
+    monkeypatch.chdir(runs)
+    assert app.run(["plan", "alone", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    facts = json.loads((runs / "out/mj-lora-seed0/run.json").read_text())
+    for name in ("trainable_parameters", "total_parameters", "routed", "shared"):
+        assert found[name] == facts[name]
+    assert app.run(["plan", "out/mj-lora-seed0", "--json"]) == 0  # a run's folder, too
+    assert json.loads(capsys.readouterr().out)["rows"]["films"]["train"] == 16
+    assert app.run(["plan", "alone", "train.epochs=2"]) == 2
+    capsys.readouterr()
+    assert app.run(["probe", "alone", "--tasks", "films.yaml", "--json"]) == 0
+    assert {one["task"] for one in json.loads(capsys.readouterr().out)["probes"]} == {"films"}
+
+
+def test_other_rows_under_the_same_name_are_scored_anew(evaluate, runs: Path):
+    """A result is reused for the same rows only, not for the same name of a task."""
+    write_task(runs, "mine", rows(30))
+    for count in (30, 26):
+        write_task(runs, "mine", rows(count))
+        for known in (False, True):
+            code, _, err = evaluate("out/lora-seed0", "--tasks", "mine.yaml")
+            assert (code, "evaluated already" in err) == (0, known)
+
+
+def test_json_has_no_nan(evaluate):
+    """The standard error of one row is not known: null, which every JSON reader knows."""
+    code, found, _ = evaluate("out/lora-seed0", "--limit", "1", "--json")
+    assert (code, found["tasks"][0]["scores"]["accuracy"]["standard_error"]) == (0, None)
+
+
+def test_markdown_of_one_run(evaluate):
+    code, out, _ = evaluate("out/lora-seed0", "--markdown")
+    assert code == 0
+    assert [line.split("|")[1].strip() for line in out.strip().splitlines()] == [
+        "task",
+        "---",
+        "films",
+        "food",
+        "mean of own",
+    ]

@@ -21,6 +21,14 @@ CONFIGS = {
     "unknown task": (RUN.replace("films.yaml, food.yaml", "tweet"), ["unknown task 'tweet'", "'tweets'"]),
     "no task": (RUN.replace("[films.yaml, food.yaml]", "[]"), ["data.tasks", "name at least one task"]),
     "not YAML": ("model: {path: [\n", ["run.yaml", "not YAML", "line"]),
+    "half precision without a GPU": (
+        RUN.replace("batch_size: 4", "precision: fp16, batch_size: 4"),
+        ["train.precision", "'fp16'", "bf16"],
+    ),
+    "argument out of range": (
+        RUN.replace("batch_size: 4", "arguments: {torch_empty_cache_steps: -1}, batch_size: 4"),
+        ["torch_empty_cache_steps", "-1", "train.arguments"],
+    ),
     "no output": (RUN.replace("output: {folder: out}", ""), ["'output' is missing", "--help"]),
 }
 ROW = '{"sentence": "film 1 was good", "mark": "positive"}\n'

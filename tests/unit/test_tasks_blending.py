@@ -90,6 +90,39 @@ def test_a_test_row_of_another_task_is_not_trained_on(tmp_path: Path):
     assert found.overlap["one"] > 0
 
 
+LONG = "the " * 12  # more words than the task below leaves
+
+
+@pytest.mark.parametrize(("most", "max_length"), [(10, None), (256, 20)], ids=["text", "row"])
+def test_a_text_equal_to_a_test_text_after_cutting_is_not_trained_on(tmp_path: Path, most: int, max_length: int | None):
+    """Five texts that differ in their last word alone, which is cut off; and fifteen that differ in the first."""
+    texts = [f"{LONG}film {n}" for n in range(5)] + [f"{n} {LONG}film" for n in range(15)]
+    data = [{"text": text, "mark": ("good", "bad")[n % 2]} for n, text in enumerate(texts)]
+    write_lines(tmp_path / "test.jsonl", data[:1])
+    write_lines(tmp_path / "train.jsonl", data[1:])
+    path = tmp_path / "films.yaml"
+    path.write_text(
+        "name: films\nsource: {kind: files, train: train.jsonl, test: test.jsonl}\n"
+        "columns: {text: text, label: mark}\ninstruction: 'Review : {text}'\nchoices: [good, bad]\n"
+        f"max_text_tokens: {most}\n"
+    )
+    prompts = Prompts(tokenizer(), max_length)
+    loaded = load_task(read_task(path), "all")
+    found = blend([loaded], prompts)
+    assert found.overlap == {"films": 4}
+    (asked,) = [prompts.prompt(loaded.task, example) for example in loaded.test]
+    for row in found.train:
+        assert row["input_ids"][: sum(label < 0 for label in row["labels"])] != asked
+    assert len(found.train) == 15
+    (cut,) = {prompts.cut[name] for name in prompts.cut}
+    assert cut >= 15  # counted for the rows that were encoded here, not for the comparison
+
+
+def test_one_name_twice_is_refused(two):
+    with pytest.raises(InputError, match="'large' is given twice"):
+        blend([two[0], two[0]], Prompts(tokenizer()))
+
+
 @pytest.mark.parametrize(
     ("mixing", "message"),
     [

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_inputs import rows, tokenizer, write_task
+from small_inputs import tokenizer, write_task
 
-from monkeyjump.tasks import Collator, Example, InputError, Prompts, load_task, mix, read_task
+from monkeyjump.tasks import Collator, Example, InputError, Prompts, read_task
 
 LONG = Example({"text": " ".join(["film"] * 50)}, answer=1, where="a row")
 
@@ -69,18 +69,3 @@ def test_padding_is_masked_by_position_not_by_id(side):
     assert batch["attention_mask"][0, pad].tolist() == [0, 0]
     assert batch["labels"][0, pad].tolist() == [-100, -100]
     assert torch.equal(batch["task_ids"], torch.tensor([1, 0]))
-
-
-def test_a_text_equal_to_a_test_text_after_cutting_goes_out(tmp_path: Path):
-    """Cut to one word, every prompt is the same."""
-    data = [{"sentence": f"film {row['sentence']}", "mark": row["mark"]} for row in rows(24)]
-    task = read_task(write_task(tmp_path, data=data, more="max_text_tokens: 1\n"))
-    mixture = mix([load_task(task)], tokenizer())
-    assert mixture.train == []
-    assert mixture.overlap == {"films": 16}
-
-
-def test_one_name_twice_is_refused(tmp_path: Path):
-    loaded = load_task(read_task(write_task(tmp_path)))
-    with pytest.raises(InputError, match="'films' is given twice"):
-        mix([loaded, loaded], tokenizer())

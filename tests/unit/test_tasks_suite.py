@@ -63,7 +63,7 @@ def test_task(name: str, tmp_path: Path, prompts: VisionPrompts, media: Path, mo
         put_films(media, task)
     loaded = load_task(task, Size(train=6, test=4))
     assert (len(loaded.train), len(loaded.test)) == (6, 4)
-    assert not set(loaded.train.keys.tolist()) & set(loaded.test.keys.tolist())
+    assert not set(loaded.train.survey.keys.tolist()) & set(loaded.test.survey.keys.tolist())
     examples = [loaded.train[0], loaded.test[0], loaded.test[1]]
     for example in examples:
         shown = prompts._render(prompts.turns(task, example))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,22 +18,31 @@ if TYPE_CHECKING:
 
 BASE = "base"
 
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(help="Names or YAML files; repeat for several. Default: the run's own; an adapter alone has none."),
+]
+BaseModel = Annotated[
+    str | None, typer.Option("--model", help="Base model of an adapter alone. Default: the one that its config names.")
+]
+
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a folder of runs METHOD-seedN.")],
-    tasks: Annotated[
-        list[str] | None, typer.Option(help="Other tasks than the run's own: names or YAML files; repeat for several.")
-    ] = None,
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a run, of an adapter alone, or of runs METHOD-seedN.")
+    ],
+    tasks: Tasks = None,
+    model: BaseModel = None,
     against: Annotated[
         str | None,
-        typer.Option(help="Paired differences against another run, 'base' (the untouched model), or a METHOD."),
+        typer.Option(help="Paired differences against another run or adapter, 'base' (the untouched model), a METHOD."),
     ] = None,
     generate: Annotated[bool, typer.Option("--generate", help="Let the model write closed answers, too.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many test rows of each task.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 16,
     lm_eval: Annotated[str | None, typer.Option(help="Tasks of lm-eval instead, such as arc_easy,piqa.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="The comparison as a Markdown table.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The table as Markdown.")] = False,
     debug: Debug = False,
 ) -> int:
     """Score a run on its test rows, with intervals, and against other runs on the same rows.
@@ -41,6 +50,7 @@ def evaluate(
     Closed answers are weighed by log-likelihood (and, with --generate, written as well); free answers are
     written. Numbers, answers and rows go into RUN/evaluation. What was evaluated already is not done again.
     A folder of runs gives one table over seeds for each method. An adapter without effect is refused.
+    A folder that save_pretrained wrote is enough, with --tasks.
 
     Examples:
 
@@ -49,26 +59,50 @@ def evaluate(
       monkeyjump evaluate runs/sweep
 
       monkeyjump evaluate runs/mine --tasks boolq --tasks my-task.yaml --generate
+
+      monkeyjump evaluate my-adapter --model ./llama --tasks boolq
     """
     from monkeyjump.cli.quiet import quiet
+    from monkeyjump.training.folder import is_run
+    from monkeyjump.training.subject import is_adapter
 
     quiet()
     screen = Screen()
+    if model is not None and is_run(run):
+        raise InputError(f"--model: the run in {run} has its own", hint="leave --model out")
     if lm_eval is not None:
         from monkeyjump.evaluation.bridge import run_lm_eval
+        from monkeyjump.training.subject import open_subject
 
-        screen.say(run_lm_eval(run, lm_eval.split(","), limit, batch_size))
+        subject = open_subject(run, model, lm_eval.split(","))
+        screen.say(run_lm_eval(subject, lm_eval.split(","), limit, batch_size))
         return 0
     show = _Show(screen, as_json, markdown)
-    asked = (tuple(tasks or ()), limit, batch_size, generate)
-    if (run / "config.yaml").is_file():
+    asked = _Asked(tuple(tasks or ()), model, limit, batch_size, generate)
+    if is_run(run) or is_adapter(run):
         _one(run, against, asked, show)
     else:
         _many(run, against, asked, show)
     return 0
 
 
-Asked = tuple[tuple[str, ...], int | None, int, bool]
+@dataclass(frozen=True)
+class _Asked:
+    """The options that say what is computed."""
+
+    tasks: tuple[str, ...]
+    model: str | None
+    limit: int | None
+    batch_size: int
+    write: bool
+
+    def results(self, folder: Path, screen: Screen, base: bool = False) -> list[TaskResult]:
+        from monkeyjump.evaluation.run import evaluate
+        from monkeyjump.training.subject import open_subject
+
+        return evaluate(
+            open_subject(folder, self.model, self.tasks), screen, self.limit, self.batch_size, self.write, base
+        )
 
 
 class _Show:
@@ -78,9 +112,11 @@ class _Show:
         self.screen, self.as_json, self.markdown = screen, as_json, markdown
 
     def scores(self, results: list[TaskResult], title: str) -> None:
-        from monkeyjump.evaluation.table import score_table
+        from monkeyjump.evaluation.table import score_markdown, score_table
 
-        if not self.as_json and not self.markdown:
+        if self.markdown:
+            self.screen.say(score_markdown(results))
+        elif not self.as_json:
             self.screen.out.print(score_table(results, title))
 
     def lines(self, lines: list[Line], first: str, second: str) -> None:
@@ -94,21 +130,25 @@ class _Show:
 
     def record(self, record: dict) -> None:
         if self.as_json:
-            print(json.dumps(record, indent=1))
+            from monkeyjump.training.folder import to_json
+
+            print(to_json(record))
 
 
-def _one(run: Path, against: str | None, asked: Asked, show: _Show) -> None:
+def _one(run: Path, against: str | None, asked: _Asked, show: _Show) -> None:
     from monkeyjump.evaluation.comparison import compare
     from monkeyjump.evaluation.results import record_of
-    from monkeyjump.evaluation.run import evaluate_run
+    from monkeyjump.training.folder import is_run
 
-    tasks, limit, size, write = asked
     other = _other(run, against)
-    results = evaluate_run(run, show.screen, tasks, limit, size, write)
+    results = asked.results(run, show.screen)
     record = {"tasks": [record_of(one) for one in results]}
-    show.scores(results, str(run))
-    if against is not None:
-        first = evaluate_run(other, show.screen, tasks, limit, size, write, base=against == BASE)
+    if against is None:
+        show.scores(results, str(run))
+    else:
+        if is_run(other):  # --model is for adapters alone
+            asked = replace(asked, model=None)
+        first = asked.results(other, show.screen, base=against == BASE)
         lines = compare(first, results)
         show.lines(lines, against, run.name)
         record["against"] = [vars(line) | {"difference": vars(line.difference)} for line in lines]
@@ -118,15 +158,19 @@ def _one(run: Path, against: str | None, asked: Asked, show: _Show) -> None:
 def _other(run: Path, against: str | None) -> Path:
     if against in (None, BASE):
         return run
+    from monkeyjump.training.folder import is_run
+    from monkeyjump.training.subject import is_adapter
+
     assert against is not None
-    if not (Path(against) / "config.yaml").is_file():
-        raise InputError(f"--against: {against} is not the folder of a run", hint="or write base: the untouched model")
+    if not is_run(Path(against)) and not is_adapter(Path(against)):
+        raise InputError(
+            f"--against: {against} is not the folder of a run or adapter", hint="or write base: the untouched model"
+        )
     return Path(against)
 
 
-def _many(folder: Path, against: str | None, asked: Asked, show: _Show) -> None:
+def _many(folder: Path, against: str | None, asked: _Asked, show: _Show) -> None:
     from monkeyjump.evaluation.comparison import compare_over_seeds, groups_of
-    from monkeyjump.evaluation.run import evaluate_run
 
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder", hint="give what output.folder of a run says")
@@ -136,10 +180,8 @@ def _many(folder: Path, against: str | None, asked: Asked, show: _Show) -> None:
         raise InputError(
             f"--against: no method '{reference}' in {folder}", hint=near_miss(reference, groups, "methods")
         )
-    tasks, limit, size, write = asked
     results = {
-        name: {seed: evaluate_run(run, show.screen, tasks, limit, size, write) for seed, run in runs.items()}
-        for name, runs in groups.items()
+        name: {seed: asked.results(run, show.screen) for seed, run in runs.items()} for name, runs in groups.items()
     }
     record = {}
     for name, by_seed in results.items():

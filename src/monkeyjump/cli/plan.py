@@ -10,11 +10,11 @@ import typer
 from rich.table import Table
 
 from monkeyjump.cli.screen import Screen
+from monkeyjump.tasks.errors import InputError
 
 if TYPE_CHECKING:
     from monkeyjump.training.plan import Plan
 
-RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run's file.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="Overrides, such as train.learning_rate=1e-4.")
 ]
@@ -25,9 +25,14 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 
 def plan(
-    run: RunFile,
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN.yaml", help="The run's file; or the folder of a run, or of an adapter alone.")
+    ],
     overrides: Overrides = None,
     preset: Preset = None,
+    model: Annotated[
+        str | None, typer.Option(help="Base model of an adapter alone. Default: the one that its config names.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")] = False,
     parameters: Annotated[
         bool, typer.Option("--parameters", help="Only what config.json tells: no data, no tokenizer, no weights.")
@@ -46,6 +51,8 @@ def plan(
       monkeyjump plan run.yaml
 
       monkeyjump plan run.yaml --parameters model.path=./folder-with-config.json
+
+      monkeyjump plan my-adapter
     """
     from monkeyjump.training.config import json_schema  # torch and transformers take seconds; --help should not
 
@@ -53,14 +60,25 @@ def plan(
         print(json.dumps(json_schema(), indent=1))
         return 0
     from monkeyjump.cli.quiet import quiet
-    from monkeyjump.training.plan import make_plan
+    from monkeyjump.training.folder import CONFIG, is_run, to_json
+    from monkeyjump.training.plan import make_plan, plan_adapter
     from monkeyjump.training.read import read_run
+    from monkeyjump.training.subject import is_adapter
 
     quiet()
     screen = Screen()
-    found = make_plan(read_run(run, overrides or (), preset), parameters, screen.note)
+    alone = is_adapter(run) and not is_run(run)
+    if alone and (overrides or preset):
+        raise InputError(f"{run}: an adapter takes neither overrides nor a preset", hint="give the YAML file of a run")
+    if model is not None and not alone:
+        raise InputError("--model: only an adapter alone takes it", hint="write model.path=... after RUN.yaml")
+    if alone:
+        found = plan_adapter(run, model, screen.note)
+    else:
+        file = run / CONFIG if is_run(run) else run
+        found = make_plan(read_run(file, overrides or (), preset), parameters, screen.note)
     if as_json:
-        print(json.dumps(found.record(), indent=1))
+        print(to_json(found.record()))
     else:
         show_plan(found, screen)
     return 1 if found.problems else 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from monkeyjump.cli.evaluate import BaseModel, Tasks
 from monkeyjump.cli.plan import Debug
 from monkeyjump.cli.screen import Screen
 from monkeyjump.tasks.errors import InputError
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 def probe(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or of an adapter alone.")],
+    tasks: Tasks = None,
+    model: BaseModel = None,
     layers: Annotated[str | None, typer.Option(help="Blocks, such as 15,23. Default: the middle and the last.")] = None,
     limit: Annotated[int, typer.Option(min=4, help="At most so many training and test rows of each task.")] = 1000,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 16,
@@ -35,15 +37,19 @@ def probe(
     Examples:
 
       monkeyjump probe runs/mine --layers 15,23
+
+      monkeyjump probe my-adapter --tasks boolq
     """
     from monkeyjump.cli.quiet import quiet
     from monkeyjump.evaluation.probing import probe_run
+    from monkeyjump.training.folder import to_json
+    from monkeyjump.training.subject import open_subject
 
     quiet()
     screen = Screen()
-    found = probe_run(run, screen, _layers(layers), limit, batch_size)
+    found = probe_run(open_subject(run, model, tasks or ()), screen, _layers(layers), limit, batch_size)
     if as_json:
-        print(json.dumps({"probes": [asdict(one) for one in found]}, indent=1))
+        print(to_json({"probes": [asdict(one) for one in found]}))
     else:
         screen.out.print(_table(found))
         screen.say("Accuracy on test rows, % (95 % interval). Chance: the most frequent answer.")

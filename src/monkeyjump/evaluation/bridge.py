@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from monkeyjump.evaluation.run import FOLDER, load_adapted, open_finished
+from monkeyjump.evaluation.run import FOLDER, load_adapted
 from monkeyjump.tasks import InputError
 from monkeyjump.tasks.cache import write_in_one_piece
 from monkeyjump.tasks.models import load_tokenizer
 from monkeyjump.training.folder import write_json
 from monkeyjump.training.models import place_of
+from monkeyjump.training.subject import Subject
 
 
-def run_lm_eval(folder: Path, tasks: Sequence[str], limit: int | None, batch_size: int) -> str:
-    """Runs lm-eval's tasks; its table as text. Results go into the run's folder.
+def run_lm_eval(subject: Subject, tasks: Sequence[str], limit: int | None, batch_size: int) -> str:
+    """Runs lm-eval's tasks; its table as text. Results go into the subject's folder.
 
     Raises:
-        InputError: lm-eval is not installed, or the run routes whole sequences, of which lm-eval does not say
+        InputError: lm-eval is not installed, or the adapter routes whole sequences, of which lm-eval does not say
             where the prompt ends.
     """
-    config = open_finished(folder)
-    granularity = config.method.options.get("granularity", "token")
-    if config.method.routed and granularity != "token":
+    if subject.granularity != "token":
         raise InputError(
-            f"--lm-eval: granularity={granularity!r} decides on the prompt, which lm-eval does not mark",
+            f"--lm-eval: granularity={subject.granularity!r} decides on the prompt, which lm-eval does not mark",
             hint="use --tasks with a task of your own, or a run with granularity=token",
         )
     try:
@@ -36,11 +34,11 @@ def run_lm_eval(folder: Path, tasks: Sequence[str], limit: int | None, batch_siz
         raise InputError(
             f"--lm-eval needs the lm-eval package: {error}", hint="python -m pip install 'monkeyjump[eval]'"
         ) from error
-    place = place_of(config.model)
-    model = load_adapted(config, folder, place)
+    place = place_of(subject.model)
+    model = load_adapted(subject, place)
     wrapped = HFLM(pretrained=model, tokenizer=load_tokenizer(place), batch_size=batch_size)
     found: Any = lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit)
-    write_json(folder / FOLDER / "lm_eval" / "results.json", found["results"])
+    write_json(subject.folder / FOLDER / "lm_eval" / "results.json", found["results"])
     table = make_table(found)
-    write_in_one_piece(folder / FOLDER / "lm_eval" / "results.md", table)
+    write_in_one_piece(subject.folder / FOLDER / "lm_eval" / "results.md", table)
     return table

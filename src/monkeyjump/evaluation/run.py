@@ -1,115 +1,110 @@
-"""A trained run, or an adapter's folder, on its tasks' test rows; everything is written into the run's folder."""
+"""A trained run, or an adapter's folder, on the test rows of tasks; everything is written into that folder."""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 
 from monkeyjump.evaluation.questions import Questions, told
 from monkeyjump.evaluation.results import TaskResult, record_of, result_from, result_of
 from monkeyjump.evaluation.scoring import answer, tokens_of
-from monkeyjump.tasks import Collator, InputError
+from monkeyjump.tasks import Collator, InputError, LoadedTask
 from monkeyjump.tasks.cache import MANIFEST, sha256_of, verify_manifest, write_in_one_piece
 from monkeyjump.training import folder as files
-from monkeyjump.training.config import RunConfig
-from monkeyjump.training.data import describe, load_tasks, prompts_for
+from monkeyjump.training.data import describe, fingerprint, load_tasks, prompts_for
+from monkeyjump.training.display import Display
 from monkeyjump.training.models import load, place_of
+from monkeyjump.training.subject import Subject
 
 FOLDER, RESULTS = "evaluation", "results.json"
 EFFECT_ROWS = 8
 
 
-class Bar(Protocol):
-    def advance(self, steps: int = 1, note: str = "") -> None: ...
-
-
-class Display(Protocol):
-    def note(self, text: str) -> None: ...
-
-    def bar(self, name: str, total: int) -> AbstractContextManager[Bar]: ...
-
-
-def evaluate_run(
-    folder: Path,
+def evaluate(
+    subject: Subject,
     display: Display,
-    tasks: Sequence[str] = (),
     limit: int | None = None,
     batch_size: int = 16,
     write: bool = False,
     base: bool = False,
 ) -> list[TaskResult]:
-    """Scores a run on its own tasks or on others, and writes results.json, results.csv and results.md.
+    """Scores an adapter on the tasks that it is asked, and writes results.json and results.csv.
 
     Args:
-        tasks: names or YAML files; none: those that it was trained on.
         limit: at most so many rows of each task.
         write: let the model also write its answers to closed questions.
         base: the untouched base model instead of the adapter.
 
     Raises:
-        InputError: the run is not done, its adapter is damaged or has no effect, or tasks are wrong.
+        InputError: the adapter is damaged or has no effect, or tasks are wrong.
     """
-    config = open_finished(folder)
-    asked = {"tasks": list(tasks), "limit": limit, "write": write, "adapter": None if base else _adapter_sum(folder)}
-    if (known := read_results(folder, asked, base)) is not None:
-        display.note(f"{folder}: evaluated already")
+    loaded = load_tasks(subject.asked)
+    asked = {
+        "tasks": {one.task.name: fingerprint(one) for one in loaded},
+        "max_length": subject.asked.max_length,
+        "limit": limit,
+        "write": write,
+        "model": subject.model.model_dump(),
+        "adapter": None if base else adapter_sums(subject),
+    }
+    if (known := read_results(subject.folder, asked, base)) is not None:
+        display.note(f"{subject.folder}: evaluated already")
         return known
-    tests = questions_of(config, tasks, limit)
-    place = place_of(config.model, display.note)
-    model = load(config.model, place) if base else load_adapted(config, folder, place)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device)
+    place = place_of(subject.model, display.note)
+    tests = questions_of(subject, loaded, place, limit)
+    model = on_device(load(subject.model, place)) if base else load_adapted(subject, place)
     collator = Collator.of(tests[0].prompts.tokenizer)
     if not base:
         check_effect(model, tests[0], collator)
-    name = "base" if base else folder.name
+    name = "base" if base else subject.folder.name
     with display.bar(f"evaluate {name}", sum(tokens_of(one, write) for one in tests)) as bar:
         answers = answer(model, tests, collator, batch_size, bar.advance, write=write)
     results = [result_of(one.task, given) for one, given in zip(tests, answers)]
-    write_results(folder, results, asked, base)
+    write_results(subject.folder, results, asked, base)
     return results
 
 
-def open_finished(folder: Path) -> RunConfig:
-    """Raises InputError where there is no run, or it is not done."""
-    config = files.open_run(folder)
-    if not files.is_done(folder):
-        raise InputError(f"{folder}: the run is not done", hint=f"go on with: monkeyjump train {folder} --resume")
-    return config
-
-
-def questions_of(config: RunConfig, tasks: Sequence[str] = (), limit: int | None = None) -> list[Questions]:
-    """The test rows of a run, or of other tasks, drawn as the run's data section says."""
-    data = config.data.model_copy(update={"tasks": list(tasks)}) if tasks else config.data
-    loaded = load_tasks(data)
-    place = place_of(config.model)
-    prompts = prompts_for([one.task for one in loaded], place, config.data.max_length)
-    numbers = {task.name: number for number, task in enumerate(describe(config.data))}  # as in training
+def questions_of(subject: Subject, loaded: Sequence[LoadedTask], place: str, limit: int | None) -> list[Questions]:
+    """The test rows of tasks."""
+    prompts = prompts_for([one.task for one in loaded], place, subject.asked.max_length)
     return [
-        Questions(one.task, one.test.take(slice(limit)), prompts, numbers.get(one.task.name, number))
-        for number, one in enumerate(loaded)
+        Questions(one.task, one.test.take(slice(limit)), prompts, task_number(subject, one.task.name)) for one in loaded
     ]
 
 
-def load_adapted(config: RunConfig, folder: Path, place: str) -> PeftModel:
-    """The base model with the run's adapter. Raises InputError for a damaged or unfitting one."""
+def task_number(subject: Subject, name: str) -> int:
+    """A task's number in training, by which a task-routed adapter knows it; 0 for one that it was not trained on."""
+    names = [task.name for task in describe(subject.trained)]
+    return names.index(name) if name in names else 0
+
+
+def load_adapted(subject: Subject, place: str) -> PeftModel:
+    """The base model with the adapter, on its device. Raises InputError for a damaged or unfitting one."""
     import monkeyjump  # noqa: F401  registers the adapter types with PEFT
 
-    adapter = folder / files.ADAPTER
-    if (adapter / MANIFEST).is_file():
-        verify_manifest(adapter)
+    if (subject.adapter / MANIFEST).is_file():
+        verify_manifest(subject.adapter)
     try:
-        return PeftModel.from_pretrained(load(config.model, place), adapter).eval()
-    except (ValueError, OSError) as error:
-        raise InputError(f"{adapter}: cannot be loaded: {error}", hint="copy it again, or train it anew") from error
+        model = PeftModel.from_pretrained(load(subject.model, place), subject.adapter).eval()
+    except InputError:
+        raise
+    except (ValueError, OSError, SafetensorError) as error:
+        raise InputError(
+            f"{subject.adapter}: cannot be loaded: {error}", hint="copy it again, or train it anew"
+        ) from error
+    return on_device(model)
+
+
+def on_device(model: Any) -> Any:
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def check_effect(model: PeftModel, questions: Questions, collator: Collator) -> None:
@@ -147,11 +142,13 @@ def _place(folder: Path, base: bool) -> Path:
     return folder / FOLDER / ("base" if base else "adapter")
 
 
-def _adapter_sum(folder: Path) -> str:
-    weights = folder / files.ADAPTER / SAFETENSORS_WEIGHTS_NAME
-    if not weights.is_file():
-        raise InputError(f"{weights}: missing", hint=f"train the run again: monkeyjump train {folder} --resume")
-    return sha256_of(weights)
+def adapter_sums(subject: Subject) -> list[str]:
+    """sha256 of the adapter's config and weights. Raises InputError where one is missing."""
+    found = [subject.adapter / CONFIG_NAME, subject.adapter / SAFETENSORS_WEIGHTS_NAME]
+    missing = next((path for path in found if not path.is_file()), None)
+    if missing is not None:
+        raise InputError(f"{missing}: missing", hint="copy the adapter again, or train it anew")
+    return [sha256_of(path) for path in found]
 
 
 def as_csv(results: Sequence[TaskResult]) -> str:

@@ -63,6 +63,20 @@ def score_table(results: Sequence[TaskResult], title: str) -> Table:
     return table
 
 
+def score_markdown(results: Sequence[TaskResult]) -> str:
+    """`score_table` in Markdown."""
+    lines = [
+        "| task | family | rows | metric | score (95 % interval) | of written answers |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in results:
+        for metric, found in one.scores.items():
+            written = _score(one.written[metric]) if metric in one.written else ""
+            lines.append(f"| {one.task} | {one.family} | {one.rows} | {metric} | {_score(found)} | {written} |")
+    lines += [f"| mean of {family} | | | | {100 * mean:.1f} | |" for family, mean in family_means(results).items()]
+    return "\n".join(lines)
+
+
 def family_means(results: Sequence[TaskResult]) -> dict[str, float]:
     """Mean of the tasks' main metrics, for families of more than one task."""
     families: dict[str, list[float]] = {}

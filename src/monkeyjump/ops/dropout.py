@@ -47,6 +47,10 @@ class DropoutMask:
         """What kept elements are multiplied by."""
         return 1 / (1 - self.p)
 
+    def keep(self, dtype: torch.dtype) -> Tensor:
+        """The mask as the factors of the input's elements: 0 or 1 / (1 - p)."""
+        return spread(self.bits, self.shape, dtype) * self.factor
+
 
 def _draw_words(words: int, keep: int, device: torch.device) -> Tensor:
     """`[words]` int64 whose bits are each 1 with probability keep / 2^DIGITS."""

@@ -5,7 +5,6 @@ from monkeyjump.tasks.description import Size, Task
 from monkeyjump.tasks.errors import InputError
 from monkeyjump.tasks.examples import Example
 from monkeyjump.tasks.loading import Examples, LoadedTask, load_task
-from monkeyjump.tasks.mixture import Mixture, TestSet, mix
 from monkeyjump.tasks.overlap import Overlap, find_overlap
 from monkeyjump.tasks.prompts import Collator, Prompts
 from monkeyjump.tasks.reading import catalog, find_task, read_task
@@ -18,17 +17,14 @@ __all__ = [
     "InputError",
     "LoadedTask",
     "Mixing",
-    "Mixture",
     "Overlap",
     "Prompts",
     "Size",
     "Task",
-    "TestSet",
     "blend",
     "catalog",
     "find_overlap",
     "find_task",
     "load_task",
-    "mix",
     "read_task",
 ]

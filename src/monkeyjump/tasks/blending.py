@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -22,6 +22,7 @@ from monkeyjump.tasks.errors import InputError, near_miss
 from monkeyjump.tasks.loading import Examples, LoadedTask
 from monkeyjump.tasks.origins import Strict
 from monkeyjump.tasks.prompts import Prompts
+from monkeyjump.tasks.sampling import Survey
 
 
 class Mixing(Strict):
@@ -70,7 +71,10 @@ class TrainingRows(Sequence[dict[str, Any]]):
 
 @dataclass(frozen=True)
 class Blend:
-    """`rows`: of each task in one pass. `overlap`: training rows left out because they are test rows of some task."""
+    """`rows`: of each task in one pass.
+
+    `overlap`: training rows left out because they are test rows of some task, or of their own once texts are cut.
+    """
 
     train: TrainingRows
     tests: list[Examples]
@@ -82,11 +86,11 @@ def blend(tasks: Sequence[LoadedTask], prompts: Prompts, mixing: Mixing | None =
     """Raises InputError where names collide, weights do not fit, or a task would get no row."""
     mixing = mixing or Mixing()
     names = distinct_names(tasks)
-    held = np.concatenate([loaded.test.keys for loaded in tasks])
+    held = np.concatenate([loaded.test.survey.keys for loaded in tasks])
     overlap: Counter[str] = Counter()
     parts = []
     for name, loaded in zip(names, tasks):
-        fresh = ~np.isin(loaded.train.keys, held)
+        fresh = ~np.isin(loaded.train.survey.keys, held) & ~_equal_when_cut(loaded, prompts)
         overlap[name] = int((~fresh).sum())
         parts.append(loaded.train.take(fresh))
     _check_none_is_empty(names, Counter({name: len(part) for name, part in zip(names, parts)}), overlap)
@@ -96,11 +100,46 @@ def blend(tasks: Sequence[LoadedTask], prompts: Prompts, mixing: Mixing | None =
     return Blend(TrainingRows(parts, prompts, order, rows), [loaded.test for loaded in tasks], counts, overlap)
 
 
+def _equal_when_cut(loaded: LoadedTask, prompts: Prompts) -> np.ndarray:
+    """Which training rows would be asked exactly as one of the task's test rows: [rows], bool.
+
+    Only rows that begin as a test row does and are long enough to be cut are encoded, so that a million rows are
+    not. Tasks with pictures are passed over: the pictures tell their rows apart.
+    """
+    train, test = loaded.train.survey, loaded.test.survey
+    found = np.zeros(len(train), bool)
+    if loaded.task.media:
+        return found
+    silent = replace(prompts, cut=Counter())  # what is cut here is not yet a row of training
+    least = _least_cut(loaded, silent)
+
+    def shown(rows: Examples, among: Survey) -> Iterator[tuple[int, int]]:
+        for place in np.flatnonzero(np.isin(rows.survey.heads, among.heads) & (rows.survey.sizes >= least)).tolist():
+            yield place, hash(tuple(silent.prompt(loaded.task, rows[place])))
+
+    asked = {prompt for _, prompt in shown(loaded.test, train)}
+    for place, prompt in shown(loaded.train, test):
+        found[place] = prompt in asked
+    return found
+
+
+def _least_cut(loaded: LoadedTask, prompts: Prompts) -> int:
+    """Bytes of a row's texts below which it cannot be equal to a row that was cut; no token is less than a byte."""
+    example = loaded.test[0]
+    if prompts.max_length is None:
+        return loaded.task.max_text_tokens
+    if example.turns:  # the turns of other rows need not be as many
+        return 0
+    bare = replace(example, fields=dict.fromkeys(example.fields, ""))
+    around = len(replace(prompts, max_length=None).prompt(loaded.task, bare))
+    return min(loaded.task.max_text_tokens, max(0, prompts.max_length - around - len(example.fields)))
+
+
 def _check_none_is_empty(names: list[str], rows: Counter[str], overlap: Counter[str]) -> None:
     for name in names:
         if not rows[name]:
             raise InputError(
-                f"task {name} would get no training row ({overlap[name]} left out as test rows of other tasks)",
+                f"task {name} would get no training row ({overlap[name]} left out as test rows)",
                 hint="raise its weight or its rows, use stop: all_exhausted, or take it off the list of tasks",
             )
 

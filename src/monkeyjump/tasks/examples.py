@@ -34,9 +34,14 @@ class Example:
     media: tuple[Any, ...] = field(default=(), compare=False)
 
     @property
+    def texts(self) -> list[str]:
+        """What the model is shown, the instruction around it left out."""
+        return [*self.fields.values(), *(turn["content"] for turn in self.turns)]
+
+    @property
     def key(self) -> str:
         """Two examples with the same key show the model the same text."""
-        return join_key([*self.fields.values(), *(turn["content"] for turn in self.turns)])
+        return join_key(self.texts)
 
     def is_right(self, text: str) -> bool:
         """`text` is the right one of the answers that are open to the row."""

@@ -27,13 +27,17 @@ SizeName = Literal["small", "full", "paper", "all"]
 
 
 class Examples(Sequence[Example]):
-    """Examples that are read when asked for. `keys` [rows] are hashes of what each shows the model."""
+    """Examples that are read when asked for: those of a survey, in its order."""
 
-    def __init__(self, task: Task, table: Table, rows: np.ndarray, keys: np.ndarray) -> None:
-        self.task, self.table, self.rows, self.keys = task, table, rows, keys
+    def __init__(self, task: Task, table: Table, survey: Survey) -> None:
+        self.task, self.table, self.survey = task, table, survey
+
+    @property
+    def rows(self) -> np.ndarray:
+        return self.survey.rows
 
     def take(self, places: np.ndarray | slice) -> Examples:
-        return Examples(self.task, self.table, self.rows[places], self.keys[places])
+        return Examples(self.task, self.table, self.survey.take(places))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -94,8 +98,8 @@ def load_task(
     _check_sizes(task, {"test": test, "train": train}, dropped)
     loaded = LoadedTask(
         task,
-        Examples(task, raw.train, train.rows, train.keys),
-        Examples(task, raw.test or raw.train, test.rows, test.keys),
+        Examples(task, raw.train, train),
+        Examples(task, raw.test or raw.train, test),
         dropped,
     )
     return _without_seen_pictures(loaded)

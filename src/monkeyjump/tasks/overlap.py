@@ -31,7 +31,7 @@ class Overlap:
 
 def runs(example: Example, words: int) -> Iterator[int]:
     """A hash of each run of `words` words; a shorter text is one run, if it has at least half as many."""
-    for text in [*example.fields.values(), *(turn["content"] for turn in example.turns)]:
+    for text in example.texts:
         found = re.findall(r"\w+", text.casefold())
         if words // 2 <= len(found) < words:
             yield hash(tuple(found))

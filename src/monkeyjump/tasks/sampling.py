@@ -1,7 +1,8 @@
 """Which rows of a table are used: one pass, then arrays of integers; a million rows take some 40 MB.
 
 key: what the model is shown. answer: what is right. group: what must not be on both sides of the split
-(the key, unless the task says `apart`). All three are 64-bit hashes.
+(the key, unless the task says `apart`). head: how its texts begin; rows that differ in it still differ after
+their texts are cut. All four are 64-bit hashes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from monkeyjump.tasks.examples import NO_ANSWER, Example, join_key, read_row
 from monkeyjump.tasks.lines import Row
 from monkeyjump.tasks.sources import Table
 
+HEAD = 32  # characters; a token is one at least, but for the bytes of rare characters
 MOST_WITHOUT_ANSWER = 0.05  # share of rows without an answer above which the columns must be wrong
 
 Ints = np.ndarray
@@ -27,16 +29,20 @@ Ints = np.ndarray
 
 @dataclass(frozen=True)
 class Survey:
-    """Of each usable row: its place in the table, key, group, answer, and choice (-1 without fixed choices)."""
+    """Of each usable row: its place in the table, key, head, bytes of its texts, group, answer, and choice (-1 without
+    fixed choices).
+    """
 
     rows: Ints
     keys: Ints
+    heads: Ints
+    sizes: Ints
     groups: Ints
     answers: Ints
     choices: Ints
 
-    def take(self, places: Ints) -> Survey:
-        return Survey(*(values[places] for values in (self.rows, self.keys, self.groups, self.answers, self.choices)))
+    def take(self, places: Ints | slice) -> Survey:
+        return Survey(**{name: values[places] for name, values in vars(self).items()})
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -56,13 +62,15 @@ def columns_used(task: Task) -> set[str]:
 
 def survey(task: Task, table: Table, dropped: Counter[str]) -> Survey:
     """Reads every row of the table once. Raises InputError for a row that does not fit the task."""
-    found: dict[str, array[int]] = {name: array("Q") for name in ("rows", "keys", "groups", "answers")}
+    found: dict[str, array[int]] = {
+        name: array("Q") for name in ("rows", "keys", "heads", "sizes", "groups", "answers")
+    }
     choices: array[int] = array("i")
     has_media = task.media is not None
     embedded = task.media is not None and table.is_embedded(task.media.column)
     present = _present(task, table) if embedded else None
     columns = columns_used(task) | ({task.media.column} if task.media and not embedded else set())
-    without = 0
+    without, head = 0, min(HEAD, task.max_text_tokens)
     for index, row in enumerate(table.scan(columns)):
         example = read_row(task, row)
         if isinstance(example, str):
@@ -79,6 +87,8 @@ def survey(task: Task, table: Table, dropped: Counter[str]) -> Survey:
         key = hash64(example.key + place)
         found["rows"].append(index)
         found["keys"].append(key)
+        found["heads"].append(hash64(join_key([text[:head] for text in example.texts])))
+        found["sizes"].append(sum(len(text.encode("utf-8", "surrogatepass")) for text in example.texts))
         found["groups"].append(_group(task, example, key))
         found["answers"].append(hash64("\x1f".join(example.gold)))
         choices.append(example.answer if task.choices else -1)

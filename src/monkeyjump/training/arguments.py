@@ -7,9 +7,11 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import TrainingArguments
 
 from monkeyjump.suggest import did_you_mean
+from monkeyjump.tasks.errors import InputError
 
 if TYPE_CHECKING:
     from monkeyjump.training.config import Train
@@ -66,6 +68,16 @@ def check_arguments(arguments: dict[str, Any]) -> None:
         raise ValueError("; ".join(wrong))
 
 
+def check_machine(train: Train) -> None:
+    """Raises InputError for what this machine cannot do, which Trainer would say after the long k-means."""
+    if train.precision == "fp16" and not torch.accelerator.is_available():
+        raise InputError("train.precision = 'fp16': it needs a GPU, and none is here", hint="use bf16 or none")
+    try:
+        training_arguments(train, Path("unused"))
+    except (ImportError, TypeError, ValueError) as error:
+        raise InputError(f"train: {' '.join(str(error).split())}", hint="correct train.arguments") from error
+
+
 def total_steps(train: Train, rows: int, processes: int = 1) -> int:
     """Optimizer steps of a run over `rows` rows an epoch, as Trainer counts them."""
     micro = math.ceil(math.ceil(rows / processes) / train.batch_size)
@@ -94,5 +106,6 @@ def training_arguments(train: Train, folder: Path, **changes: Any) -> TrainingAr
         "save_steps": train.save_every,
         "report_to": train.report_to or "none",
         "dataloader_pin_memory": False,
+        "use_cpu": not torch.accelerator.is_available(),  # else bf16 is refused, and ranks would train alone
     }
     return TrainingArguments(**{**given, **OURS, **train.arguments, **changes})

@@ -86,7 +86,7 @@ class RunData:
         """Reason -> rows of a task that were left out."""
         overlap = self.train.blend.overlap[loaded.task.name]
         found = {reason: count for reason, count in loaded.dropped.items() if count}
-        return {**found, **({"also a test row of another task": overlap} if overlap else {})}
+        return {**found, **({"also a test row, of another task or once texts are cut": overlap} if overlap else {})}
 
     def fingerprints(self) -> dict[str, str]:
         return {loaded.task.name: fingerprint(loaded) for loaded in self.tasks}

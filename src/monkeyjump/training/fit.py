@@ -103,7 +103,7 @@ def fit(
     watch = watch or Watch()
     strategy = {} if watch.folder else {"save_strategy": "no"}
     aside = watch.folder / ASIDE if watch.folder else work
-    arguments = training_arguments(train, aside, **strategy, **_processors())
+    arguments = training_arguments(train, aside, **strategy)
     _check_ranks(arguments)
     update = center_update(model, centers)
     callbacks: list[TrainerCallback] = [EveryAdapterLearns(), FiniteGradients(train.stop_after, update, watch.where)]
@@ -138,21 +138,13 @@ def fit(
     return fitted
 
 
-def _processors() -> dict[str, bool]:
-    """Several processes without a GPU: Trainer must be told, or each of them trains alone."""
-    return {"use_cpu": True} if _several() and not torch.cuda.is_available() else {}
-
-
 def _check_ranks(arguments: TrainingArguments) -> None:
-    if _several() and arguments.world_size != torch.distributed.get_world_size():
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if several and arguments.world_size != torch.distributed.get_world_size():
         raise RuntimeError(
             f"{torch.distributed.get_world_size()} processes were started, but Trainer sees {arguments.world_size}: "
             "each would train alone; check train.arguments and the launch file"
         )
-
-
-def _several() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def center_update(model: Any, centers: Centers) -> CenterUpdate | None:

@@ -51,13 +51,13 @@ def open_run(folder: Path) -> RunConfig:
 
 
 @contextlib.contextmanager
-def made(folder: Path) -> Iterator[None]:
+def made(folder: Path, field: str = "output.folder") -> Iterator[None]:
     """The folder; gone again where bad input ends the block and it was not there before."""
     first = next((path for path in (*reversed(folder.parents), folder) if not path.exists()), None)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"output.folder: {folder} cannot be made: {error.strerror}") from error
+        raise InputError(f"{field}: {folder} cannot be made: {error.strerror}") from error
     try:
         yield
     except InputError:
@@ -108,7 +108,12 @@ def write_facts(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    write_in_one_piece(path, json.dumps(_finite(record), indent=1))
+    write_in_one_piece(path, to_json(record))
+
+
+def to_json(record: dict[str, Any], indent: int | None = 1) -> str:
+    """JSON has no NaN: null instead."""
+    return json.dumps(_finite(record), indent=indent)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -135,11 +140,10 @@ class MetricsFile:
 
     def write(self, record: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(record)) + "\n")
+            file.write(to_json(record, indent=None) + "\n")
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: null instead."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):

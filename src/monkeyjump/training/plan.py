@@ -12,9 +12,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import Tensor
 
 from monkeyjump import record_routing
@@ -22,7 +24,7 @@ from monkeyjump.bench.memory import saved_bytes
 from monkeyjump.evaluation.routing import spread
 from monkeyjump.tasks import Collator, InputError
 from monkeyjump.training.adapters import adapter_config, add_adapter
-from monkeyjump.training.arguments import total_steps
+from monkeyjump.training.arguments import check_machine, total_steps
 from monkeyjump.training.building import batches, build_model, needs_centers, start_centers
 from monkeyjump.training.config import RunConfig
 from monkeyjump.training.coverage import Coverage, coverage, missed_names
@@ -30,6 +32,7 @@ from monkeyjump.training.data import RunCollator, RunData, prepare
 from monkeyjump.training.estimate import Estimate, estimate
 from monkeyjump.training.models import has_tokenizer, has_weights, model_config, place_of, skeleton
 from monkeyjump.training.probe import Probe, forward, probe
+from monkeyjump.training.subject import base_of, load_adapter_config
 
 PROBE_BATCHES = 16
 CHECKED_ROWS = 20_000
@@ -99,10 +102,12 @@ class Plan:
 
 def make_plan(config: RunConfig, parameters_only: bool = False, say: Say = lambda text: None) -> Plan:
     """Raises InputError for input that cannot even be planned with; writes nothing that stays."""
+    check_machine(config.train)
     plan = Plan()
     place = place_of(config.model, say)
     base_config = model_config(config.model, place)
-    skeletal = _plan_parameters(plan, config, place)
+    base = skeleton(config.model, place)
+    skeletal = _plan_parameters(plan, base, adapter_config(config.method, base), place)
     data = None if parameters_only else _plan_data(plan, config, place, say)
     tokens = config.train.batch_size * (data.checked.longest if data else config.data.max_length)
     kept = None
@@ -119,14 +124,23 @@ def make_plan(config: RunConfig, parameters_only: bool = False, say: Say = lambd
     return plan
 
 
-def _plan_parameters(plan: Plan, config: RunConfig, place: str) -> Any:
+def plan_adapter(folder: Path, model: str | None = None, say: Say = lambda text: None) -> Plan:
+    """What the adapter in a folder adapts, from its config and that of its base model alone. Raises InputError."""
+    plan = Plan(left_out=["data, experts and probe step: an adapter's folder says its parameters alone"])
+    base_model = base_of(folder, model)
+    place = place_of(base_model, say)
+    config = load_adapter_config(folder)
+    _plan_parameters(plan, skeleton(base_model, place), config, place)
+    return plan
+
+
+def _plan_parameters(plan: Plan, base: Any, adapter: PeftConfig, place: str) -> Any:
     """The adapted skeleton; None where nothing could be adapted, which is a problem."""
-    base = skeleton(config.model, place)
-    plan.missed = missed_names(base, config.method.options)
+    plan.missed = missed_names(base, vars(adapter))
     if plan.missed:
         plan.problems.append(f"matches no module of the model: {', '.join(plan.missed)}")
     try:
-        model = add_adapter(base, adapter_config(config.method, base), place)
+        model = add_adapter(base, adapter, place)
         plan.coverage = coverage(model)
     except ValueError as error:  # also InputError: what it names is in its text
         plan.problems.append(str(error))
@@ -135,7 +149,7 @@ def _plan_parameters(plan: Plan, config: RunConfig, place: str) -> Any:
         plan.warnings.append(f"{name} is adapted in {having} of {total} blocks")
     if not plan.coverage.trainable_parameters:
         plan.problems.append("no parameter trains")
-    if config.method.routed and plan.coverage.plain:
+    if plan.coverage.blocks and plan.coverage.plain:
         plan.warnings.append(
             f"{len(plan.coverage.plain)} adapted modules lie outside routed blocks, such as {plan.coverage.plain[0]}"
         )

@@ -9,9 +9,8 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +20,14 @@ from safetensors.torch import load_file, save_file
 from monkeyjump.tasks import Collator, InputError
 from monkeyjump.training import folder as files
 from monkeyjump.training.adapters import adapter_config, add_adapter
-from monkeyjump.training.arguments import total_steps
+from monkeyjump.training.arguments import check_machine, total_steps
 from monkeyjump.training.building import Rows, build_model, start_centers
 from monkeyjump.training.callbacks import Step, barrier
 from monkeyjump.training.checkpoints import clear_aside, latest, number_of
 from monkeyjump.training.config import RunConfig
 from monkeyjump.training.coverage import coverage
 from monkeyjump.training.data import RunCollator, RunData, prepare
+from monkeyjump.training.display import Display
 from monkeyjump.training.fit import Fitted, Watch, fit
 from monkeyjump.training.models import place_of, skeleton
 from monkeyjump.training.routing_log import RoutingLog, centers_of
@@ -35,18 +35,6 @@ from monkeyjump.training.saving import save_adapter, try_saving
 from monkeyjump.training.signals import Interrupted, Interrupts
 
 GO_ON = "go on with: monkeyjump train {folder} --resume"
-
-
-class Bar(Protocol):
-    def advance(self, steps: int = 1, note: str = "") -> None: ...
-
-
-class Display(Protocol):
-    """Where a run says what it does; `cli.screen.Screen` is one."""
-
-    def note(self, text: str) -> None: ...
-
-    def bar(self, name: str, total: int) -> AbstractContextManager[Bar]: ...
 
 
 def train_run(config: RunConfig, display: Display, resume: bool = False) -> Path:
@@ -63,6 +51,7 @@ def train_run(config: RunConfig, display: Display, resume: bool = False) -> Path
     if going_on and files.is_done(folder):
         display.note(f"{folder} is done already")
         return folder
+    check_machine(config.train)
     with Interrupts(f"interrupted; {GO_ON.format(folder=folder)}") as interrupts:
         place = place_of(config.model, display.note)
         _check_adapter(config, place)

@@ -64,11 +64,11 @@ class RoutedAdaLora(RoutedTuner):
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         with _full_ranks(config):
             saved = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return {**saved, **_allocator_state(model)}
+        return {**saved, **allocator_state(model)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        _restore_allocator(model, split_training_state(state_dict)[1])
+        restore_allocator(model, split_training_state(state_dict)[1])
         with _full_ranks(config):
             return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
@@ -85,7 +85,7 @@ class OrthogonalityPenalty:
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], outputs: Any) -> None:
         loss = getattr(outputs, "loss", None)
         if model.training and isinstance(loss, Tensor) and self._acts(model):
-            share = self.weight * _share_of_step(model, kwargs)
+            share = self.weight * share_of_step(model, kwargs)
             outputs.loss = loss + share * orthogonality_penalty(model, self.adapter)
 
     def _acts(self, model: nn.Module) -> bool:
@@ -125,7 +125,7 @@ def orthogonality_penalty(model: nn.Module, adapter: str) -> Tensor:
     return torch.stack(terms).mean()
 
 
-def _share_of_step(model: nn.Module, kwargs: dict[str, Any]) -> Tensor | float:
+def share_of_step(model: nn.Module, kwargs: dict[str, Any]) -> Tensor | float:
     """This micro-batch's share of the optimizer step, by supervised tokens, where Trainer says how many there are."""
     total, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
     if total is None or labels is None:
@@ -150,7 +150,7 @@ def _allocator(model: nn.Module) -> Any:
     return getattr(tuner, "rankallocator", None)
 
 
-def _allocator_state(model: nn.Module) -> dict[str, Tensor]:
+def allocator_state(model: nn.Module) -> dict[str, Tensor]:
     allocator, state = _allocator(model), {}
     if allocator is not None:
         for average in AVERAGES:
@@ -159,7 +159,7 @@ def _allocator_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _restore_allocator(model: nn.Module, state: TrainingState) -> None:
+def restore_allocator(model: nn.Module, state: TrainingState) -> None:
     saved, allocator = state.tensors.get(ALLOCATOR), _allocator(model)
     if not saved or allocator is None:
         return

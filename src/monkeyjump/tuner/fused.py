@@ -31,7 +31,7 @@ class FusedLoraLinear(LoraLinear):
             return super().forward(x, *args, **kwargs)
         a, b = self.lora_A[adapter], self.lora_B[adapter]
         # a shard, or an offloaded weight, comes with its module's own call
-        if _is_hooked(a) or _is_hooked(b) or b.bias is not None:
+        if is_hooked(a) or is_hooked(b) or b.bias is not None:
             return super().forward(x, *args, **kwargs)
         return _fused(self, adapter, x, a.weight, b.weight, self.scaling[adapter])
 
@@ -84,8 +84,8 @@ def _fused(layer: Any, adapter: str, x: Tensor, a: Tensor, b: Tensor, scale: flo
     if m is not None and m.requires_grad:  # a trainable router: the gate's own gradient is left to autograd
         y = base(x)
         return y + gated_delta(x.to(y.dtype), a, b, None, scale, dropout) * m.to(y.dtype)
-    weight, bias = (None, None) if type(base) not in PLAIN or _is_hooked(base) else (base.weight, base.bias)
-    if weight is None or not _is_frozen_like(weight, bias, x):
+    weight, bias = (None, None) if type(base) not in PLAIN or is_hooked(base) else (base.weight, base.bias)
+    if weight is None or not is_frozen_like(weight, bias, x):
         y = base(x)
         return y + gated_delta(x.to(y.dtype), a, b, m, scale, dropout)
     return gated_linear(x, weight.T if type(base) is Conv1D else weight, bias, a, b, m, scale, dropout)
@@ -100,7 +100,7 @@ def _dropout(layer: Any, adapter: str, x: Tensor) -> DropoutMask | None:
     return DropoutMask.draw(x, module.p) if box is None else box.dropout_mask(x, module.p)
 
 
-def _is_frozen_like(weight: Tensor, bias: Tensor | None, x: Tensor) -> bool:
+def is_frozen_like(weight: Tensor, bias: Tensor | None, x: Tensor) -> bool:
     """Whether a layer's weight is nothing but numbers in the dtype and place of `x`, and not trained itself."""
     if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
         return False  # quantized, sharded, or trained
@@ -108,7 +108,7 @@ def _is_frozen_like(weight: Tensor, bias: Tensor | None, x: Tensor) -> bool:
     return same and not torch.is_autocast_enabled(x.device.type)
 
 
-def _is_hooked(module: Any) -> bool:
+def is_hooked(module: Any) -> bool:
     """Whether calling the module does more than its class's forward."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
     return bool(hooks) or "forward" in module.__dict__

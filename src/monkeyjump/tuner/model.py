@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftConfig
 from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.save_and_load import _filter_state_dict_for_adapter_name
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -26,7 +26,7 @@ from monkeyjump.tuner.reach import call_adapters_in_evaluation, why_silent
 from monkeyjump.tuner.router import Router
 from monkeyjump.tuner.state import split_training_state, training_state
 from monkeyjump.tuner.surroundings import context_of, hidden_size, holder_of, remove_context
-from monkeyjump.tuner.targets import BlockPlan, check_targets, default_targets, inside_adapter, plan_blocks
+from monkeyjump.tuner.targets import BlockPlan, check_targets, default_targets, plan_blocks, targeted_modules
 
 _Tuner: Any = BaseTuner if TYPE_CHECKING else object  # always mixed into a tuner class
 
@@ -49,7 +49,7 @@ class RoutedTuner(_Tuner):
         if by_default:
             peft_config.target_modules = default_targets(self.model)
         prepared = super()._prepare_adapter_config(peft_config, model_config)
-        names = self._targeted(prepared)
+        names = targeted_modules(self, prepared)
         excluded = getattr(prepared, "exclude_modules", None)  # VeRA, for one, has no such field
         silent = [name for name in names if by_default and why_silent(self.model, name, training=True)]
         if silent and not isinstance(excluded, str):
@@ -61,13 +61,6 @@ class RoutedTuner(_Tuner):
             prepared.fan_in_fan_out = True  # PEFT would set it, with a warning
         call_adapters_in_evaluation(self.model)
         return prepared
-
-    def _targeted(self, config: PeftConfig) -> list[str]:
-        """Paths of the modules that PEFT will adapt, in definition order."""
-        named = _maybe_include_all_linear_layers(copy.copy(config), self.model)
-        paths = [name for name, _ in self.model.named_modules() if name]
-        wanted = [name for name in paths if self._check_target_module_exists(named, name)]
-        return [name for name in wanted if not inside_adapter(self.model, name)]
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name: str, target: nn.Module, *args: Any, **kw: Any

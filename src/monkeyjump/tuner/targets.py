@@ -9,13 +9,16 @@ plain    it lies outside any routed block: an ordinary PEFT adapter
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -71,7 +74,15 @@ def default_targets(model: nn.Module) -> set[str] | str:
     )
 
 
-def check_targets(model: nn.Module, config: MonkeyJumpConfig, targeted: Iterable[str]) -> None:
+def targeted_modules(tuner: Any, config: PeftConfig) -> list[str]:
+    """Paths of the modules that a PEFT tuner will adapt, in definition order."""
+    named = _maybe_include_all_linear_layers(copy.copy(config), tuner.model)
+    paths = [name for name, _ in tuner.model.named_modules() if name]
+    wanted = [name for name in paths if tuner._check_target_module_exists(named, name)]
+    return [name for name in wanted if not inside_adapter(tuner.model, name)]
+
+
+def check_targets(model: nn.Module, config: Any, targeted: Iterable[str]) -> None:
     """Refuse names that match nothing, which PEFT lets pass as long as another one matches, and silent adapters.
 
     Args:
