@@ -12,6 +12,7 @@ from monkeyjump.cli.bench import bench
 from monkeyjump.cli.demo import demo
 from monkeyjump.cli.evaluate import evaluate
 from monkeyjump.cli.fields import CommandWithFields
+from monkeyjump.cli.mamba import app as mamba
 from monkeyjump.cli.methods import methods
 from monkeyjump.cli.plan import plan
 from monkeyjump.cli.probe import probe
@@ -38,6 +39,7 @@ app.command(cls=CommandWithFields)(plan)
 app.command(cls=CommandWithFields)(train)
 app.command()(evaluate)
 app.command()(probe)
+app.add_typer(mamba)
 
 
 @app.callback()

@@ -176,6 +176,20 @@ def _hub_table(source: HubSource, split: str) -> Table:
     return table
 
 
+def hub_rows(source: HubSource, split: str) -> Iterator[Row]:
+    """The rows of a split one after the other, as they come over the network; none is kept."""
+    import datasets
+
+    name, revision = resolve(source)
+    origin = f"{name}[{split}]"
+    try:
+        stream = datasets.load_dataset(name, source.config, split=split, revision=revision, streaming=True)
+        for number, values in enumerate(stream, start=1):
+            yield Row(values, f"{origin}, row {number}", number)
+    except Exception as error:
+        raise _not_loaded(origin, error) from error
+
+
 def _datasets_table(origin: str, path: str, first: int | None = None, **options: Any) -> Table:
     import datasets
 
@@ -185,11 +199,15 @@ def _datasets_table(origin: str, path: str, first: int | None = None, **options:
         stream = datasets.load_dataset(path, streaming=True, **options).take(first)
         return Table(datasets.Dataset.from_generator(_each, stream.features, gen_kwargs={"stream": stream}), origin)
     except Exception as error:  # the Hub, Arrow and fsspec each raise a family of their own
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"{origin}: cannot be loaded: {type(error).__name__}: {reason}",
-            hint="check id, config, split and the network; local files need none",
-        ) from error
+        raise _not_loaded(origin, error) from error
+
+
+def _not_loaded(origin: str, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())
+    return InputError(
+        f"{origin}: cannot be loaded: {type(error).__name__}: {reason}",
+        hint="check id, config, split and the network; local files need none",
+    )
 
 
 def _each(stream: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

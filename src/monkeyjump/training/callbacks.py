@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from transformers import TrainerCallback
 
 from monkeyjump.training.checkpoints import finish
 from monkeyjump.training.probe import adapted
 from monkeyjump.training.signals import Interrupts
-from monkeyjump.training.trainer import RunTrainer
 from monkeyjump.tuner.callback import CenterUpdate
 
 NAMED_ROWS = 8  # of a bad batch
@@ -34,6 +35,12 @@ class Step:
     metrics: dict[str, float]
 
 
+class KeepsRecent(Protocol):
+    """A Trainer that knows (row numbers, loss) of the micro-batches of the step at hand."""
+
+    recent: deque[tuple[Tensor, Tensor]]
+
+
 class FiniteGradients(TrainerCallback):
     """Takes the gradients out of a step where they are not finite, and ends the run after several such steps.
 
@@ -43,7 +50,7 @@ class FiniteGradients(TrainerCallback):
     def __init__(self, most: int, centers: CenterUpdate | None, where: Callable[[int], str]) -> None:
         self.most, self.centers, self.where = most, centers, where
         self.bad = 0
-        self.trainer: RunTrainer | None = None
+        self.trainer: KeepsRecent | None = None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if args.fp16:

@@ -51,13 +51,13 @@ def open_run(folder: Path) -> RunConfig:
 
 
 @contextlib.contextmanager
-def made(folder: Path) -> Iterator[None]:
+def made(folder: Path, field: str = "output.folder") -> Iterator[None]:
     """The folder; gone again where bad input ends the block and it was not there before."""
     first = next((path for path in (*reversed(folder.parents), folder) if not path.exists()), None)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"output.folder: {folder} cannot be made: {error.strerror}") from error
+        raise InputError(f"{field}: {folder} cannot be made: {error.strerror}") from error
     try:
         yield
     except InputError:

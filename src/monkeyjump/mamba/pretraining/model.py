@@ -1,0 +1,91 @@
+"""The model: a stock `MambaForCausalLM` with random weights; saved, it is read by `from_pretrained` as any other."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import MambaConfig, MambaForCausalLM
+
+from monkeyjump.mamba import patch_mamba
+from monkeyjump.mamba.presets import Pretraining
+from monkeyjump.training.checkpoints import sync
+from monkeyjump.training.saving import SaveFailed, no_space
+
+WEIGHTS = "model.safetensors"
+TIMED_STEPS = 6
+
+
+def build_model(settings: Pretraining, tokenizer: Any) -> Any:
+    """Weights are drawn from `settings.seed`; the scan is the fastest that this machine has."""
+    config = MambaConfig(
+        vocab_size=settings.vocab_size,
+        hidden_size=settings.d_model,
+        num_hidden_layers=settings.n_layers,
+        state_size=settings.state_size,
+        expand=settings.expand,
+        initializer_range=settings.initializer_range,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(settings.seed)
+    model = MambaForCausalLM(config)
+    patch_mamba(model)
+    return model
+
+
+def seconds_per_step(model: Any, batch: dict[str, Tensor]) -> float:
+    """Median time of an optimizer step on `batch`. `model` is trained by it: give one that is not needed."""
+    optimizer = torch.optim.AdamW(model.train().parameters())
+    times = []
+    for _ in range(TIMED_STEPS):
+        start = time.perf_counter()
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[len(times) // 2 - 1]  # the first step also sets buffers up
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    with no_space(folder):
+        aside = _empty(folder / ".tokenizer")
+        tokenizer.save_pretrained(aside)
+        _move(aside, folder)
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """config.json and the weights, written aside and read back before they take their place in `folder`.
+
+    Raises:
+        SaveFailed: the disk is full, or what was written is not what the model holds.
+    """
+    with no_space(folder):
+        aside = _empty(folder / ".model")
+        model.save_pretrained(aside)
+        saved, held = load_file(aside / WEIGHTS), model.state_dict()
+        wrong = next((name for name, tensor in saved.items() if not held[name].cpu().equal(tensor)), None)
+        if wrong is not None:
+            raise SaveFailed(f"{folder}: {wrong} is not what the model holds; nothing was replaced")
+        _move(aside, folder)
+
+
+def _empty(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _move(aside: Path, folder: Path) -> None:
+    """Each file complete before it is where it is looked for."""
+    for path in sorted(aside.iterdir()):
+        sync(path)
+        path.replace(folder / path.name)
+    aside.rmdir()
