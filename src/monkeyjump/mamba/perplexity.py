@@ -128,7 +128,7 @@ def _losses(model: Any, ids: np.ndarray, window: int, stride: int, batch_size: i
 def _loss(model: Any, ids: np.ndarray, scored: int) -> Tensor:
     """Summed loss of the last `scored` of the tokens `[B, T + 1]`, each predicted from those before it."""
     tokens = torch.from_numpy(ids).to(model.device)
-    logits = model(input_ids=tokens[:, :-1], logits_to_keep=scored).logits
+    logits = model(input_ids=tokens[:, :-1], logits_to_keep=scored, use_cache=False).logits
     return cross_entropy(logits.flatten(0, 1).float(), tokens[:, -scored:].flatten(), reduction="sum").double()
 
 

@@ -13,9 +13,6 @@ from monkeyjump.mamba.perplexity import perplexity
 from monkeyjump.mamba.presets import Pretraining
 from monkeyjump.training.arguments import OURS
 
-# S4's and Mamba's: they set time scales, and decay would pull these to one value
-UNDECAYED = (".A_log", ".D")
-
 
 class WindowTrainer(Trainer):
     """Trainer for batches of `windows.collate`.
@@ -35,7 +32,8 @@ class WindowTrainer(Trainer):
         return found
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
-        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(UNDECAYED)]
+        """The matrices but A_log: it sets the time scales of the states, and decay would pull them to one."""
+        return [name for name, tensor in model.named_parameters() if tensor.ndim > 1 and not name.endswith(".A_log")]
 
 
 class HeldOut(TrainerCallback):
