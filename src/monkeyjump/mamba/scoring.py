@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from monkeyjump.mamba import patch_mamba
+from monkeyjump.mamba.patch_mixers import SCANNING
 from monkeyjump.mamba.perplexity import Perplexity, check_window, perplexity
 from monkeyjump.mamba.texts import iterate
 from monkeyjump.tasks.errors import InputError
@@ -29,5 +30,6 @@ def score(model: str, text: Sequence[str], window: int, stride: int, batch_size:
     longest = getattr(loaded.config, "max_position_embeddings", None)  # Mamba has none: any length
     if longest is not None and window > longest:
         raise InputError(f"window = {window}: {model} reads no more than {longest} tokens", hint=f"--window {longest}")
-    patch_mamba(loaded)
+    if any(type(module) in SCANNING for module in loaded.modules()):
+        patch_mamba(loaded)
     return perplexity(loaded, tokenizer, ["".join(documents)] if join else documents, window, stride, batch_size)
