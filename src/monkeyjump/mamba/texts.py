@@ -167,6 +167,12 @@ def hold_out(documents: Documents, share: float, seed: int) -> tuple[Documents, 
     return Documents(list(_filled(train)), origin), Documents(list(_filled(held)), f"{share:.0%} of {origin}")
 
 
+def apart(train: Documents, held_out: Documents) -> Documents:
+    """The training documents that are not held-out ones as well."""
+    held = set(held_out.texts)
+    return Documents([text for text in train.texts if text not in held], train.origin)
+
+
 def _cut(text: str, share: float) -> int:
     """Where the last `share` of a text begins: after a line, or after a word where there is but one line."""
     wanted = len(text) - round(share * len(text))

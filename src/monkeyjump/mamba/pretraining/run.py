@@ -31,7 +31,7 @@ from monkeyjump.mamba.pretraining.settings import SETTINGS, PretrainRun, check_s
 from monkeyjump.mamba.pretraining.tokenizer import train_tokenizer
 from monkeyjump.mamba.pretraining.trainer import HeldOut, WindowTrainer, training_arguments
 from monkeyjump.mamba.pretraining.windows import Windows, collate, encode, windows_in
-from monkeyjump.mamba.texts import Documents, hold_out, read_documents
+from monkeyjump.mamba.texts import Documents, apart, hold_out, read_documents
 from monkeyjump.tasks.errors import InputError
 from monkeyjump.training import folder as files
 from monkeyjump.training.callbacks import Checkpoints, FiniteGradients, Metrics, Step, StopOnSignal
@@ -116,8 +116,11 @@ def _prepare(run: PretrainRun, display: Display) -> Corpus:
         held_out = read_documents(run.held_out_text, display.note)
     else:
         train, held_out = hold_out(train, settings.held_out, settings.seed)
+    train = apart(train, held_out)
     if not held_out.texts or not train.texts:
-        raise InputError(f"{train.origin}: too little text to keep a part of it for perplexity", hint="give more text")
+        raise InputError(
+            f"{train.origin}: no text is left beside the part that is held out for perplexity", hint="give more text"
+        )
     if (folder / files.FACTS).is_file():  # the tokenizer that the checkpoints were made with
         tokenizer = AutoTokenizer.from_pretrained(folder)
     else:
