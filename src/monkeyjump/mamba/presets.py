@@ -86,7 +86,14 @@ class TrainingConfig(Pretraining, Adaptation):
 # A preset is what it changes of the defaults, which are the README's.
 PRESETS: dict[str, dict[str, Any]] = {
     "mamba-readme": {},
-    "laptop": {},
+    "laptop": {
+        "initializer_range": 0.02,
+        "context_length": 256,
+        "batch_size": 4,
+        "learning_rate": 6e-3,
+        "num_epochs": None,
+        "minutes": 10,
+    },
 }
 DEFAULT_PRESET = "laptop"
 
