@@ -16,6 +16,7 @@ from typing import Any
 
 import typer
 from peft import PeftConfig
+from typer.core import TyperGroup
 
 import monkeyjump
 from monkeyjump import compat, moe, ops
@@ -112,6 +113,15 @@ def command(name: str, found: Any) -> str:
     return "\n".join(rows) + "\n"
 
 
+def flat(commands: dict[str, Any], before: str = "") -> Iterable[tuple[str, Any]]:
+    """(name, command) of all commands; those of a group by both names."""
+    for name, found in commands.items():
+        if isinstance(found, TyperGroup):
+            yield from flat(found.commands, f"{before}{name} ")
+        elif name != "help":
+            yield before + name, found
+
+
 def text() -> str:
     """The whole page."""
     commands = typer.main.get_command(app).commands
@@ -122,7 +132,7 @@ def text() -> str:
     for module, names in ((compat, own), *whole):
         parts += [f"## `{module.__name__}`\n", inspect.cleandoc(module.__doc__ or "") + "\n"]
         parts += [part for name, value in names.items() for part in entry(name, value)]
-    parts += ["## Command line\n", *(command(name, found) for name, found in commands.items() if name != "help")]
+    parts += ["## Command line\n", *(command(name, found) for name, found in flat(commands))]
     return "\n".join(parts)
 
 
