@@ -19,7 +19,7 @@ from peft import PeftConfig
 from typer.core import TyperGroup
 
 import monkeyjump
-from monkeyjump import compat, ops
+from monkeyjump import compat, moe, ops
 from monkeyjump.cli.app import app
 
 PAGE = Path(__file__).with_name("api.md")
@@ -128,7 +128,8 @@ def text() -> str:
     own = {n: v for n, v in vars(compat).items() if getattr(v, "__module__", "") == compat.__name__}
     parts = [HEAD, "## `monkeyjump`\n"]
     parts += [part for name in monkeyjump.__all__ for part in entry(name, getattr(monkeyjump, name))]
-    for module, names in ((compat, own), (ops, {name: getattr(ops, name) for name in ops.__all__})):
+    whole = [(module, {name: getattr(module, name) for name in module.__all__}) for module in (moe, ops)]
+    for module, names in ((compat, own), *whole):
         parts += [f"## `{module.__name__}`\n", inspect.cleandoc(module.__doc__ or "") + "\n"]
         parts += [part for name, value in names.items() for part in entry(name, value)]
     parts += ["## Command line\n", *(command(name, found) for name, found in flat(commands))]

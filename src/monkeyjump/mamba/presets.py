@@ -1,7 +1,7 @@
 """The names and defaults of the adaptive Mamba: one config that pretraining and every later command read.
 
 `mamba-readme` holds the values of the method's README (`TrainingConfig`). `laptop` is the default: the same model,
-with what was measured to give the best model in ten minutes on two CPU cores (docs/mamba/pretraining.md).
+with what learned fastest in trials of a few minutes on two CPU cores (docs/mamba/pretraining.md).
 """
 
 from __future__ import annotations
