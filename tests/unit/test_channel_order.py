@@ -322,7 +322,8 @@ def test_updates_compose_and_survive_saving(tmp_path: Path) -> None:
     order.update(model)
     once = copy.deepcopy(order.orders)
     order.update(model)
-    assert any(not torch.equal(order.orders[name], once[name]) for name in once)
+    assert all(not torch.equal(order.orders[name], once[name]) for name in once)
+    assert all(not torch.equal(order.orders[name], first_twice[first_twice]) for name, first_twice in once.items())
     fold(first, order.orders)  # the composed order, in one step
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in first.state_dict().items())
     order.save(tmp_path)

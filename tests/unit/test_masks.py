@@ -197,7 +197,7 @@ def test_a_gate_closes_an_adapted_weight_and_leaves_the_adapter() -> None:
 
 
 def test_schedules() -> None:
-    config = MaskConfig(target_sparsity=0.6, ramp_start=0.2, ramp_end=0.8)
+    config = MaskConfig(target_sparsity=0.6, ramp_start=0.2, ramp_end=0.8, fix_after=1.0)
     assert [config.target(share) for share in (0, 0.2)] == [0, 0]
     assert [config.target(share) for share in (0.8, 1)] == pytest.approx([0.6, 0.6])
     assert config.target(0.5) == pytest.approx(0.6 * (1 - 0.5**3))
@@ -206,11 +206,11 @@ def test_schedules() -> None:
 
 
 def test_the_budget_is_global_and_the_penalty_is_its_distance() -> None:
-    masks = attach_masks(mamba(), MaskConfig(target_sparsity=0.5, sparsity_weight=3.0))
+    masks = attach_masks(mamba(), MaskConfig(target_sparsity=0.5, sparsity_weight=3.0, fix_after=1.0))
     first, second = masks.gates.values()
     first.logits.data.fill_(20)
     second.logits.data.fill_(-20)
-    masks.advance(99, 100)
+    masks.advance(98, 100)
     assert masks.expected_sparsity().item() == pytest.approx(0.5)  # all of it from one layer
     assert masks.penalty().item() == pytest.approx(0, abs=1e-6)
     second.logits.data.fill_(20)
@@ -284,7 +284,7 @@ def test_gates_start_from_the_scores_of_the_whole_model() -> None:
 
 def trained_by_hand(steps: int, accumulate: int) -> tuple[nn.Module, Any]:
     model = mamba().train()
-    masks = attach_masks(model, MaskConfig(target_sparsity=0.5, sparsity_weight=2.0))
+    masks = attach_masks(model, MaskConfig(target_sparsity=0.5, sparsity_weight=2.0, fix_after=0.9))
     optimizer = torch.optim.AdamW(masks.parameter_groups(model, 0.1), lr=1e-3, eps=1e-4, weight_decay=0.0)
     rows = tokens(32, 8)
     for step in range(steps):
@@ -301,7 +301,7 @@ def trained_by_hand(steps: int, accumulate: int) -> tuple[nn.Module, Any]:
 def test_a_stock_trainer_with_the_callback_is_the_plain_loop(tmp_path: Path, accumulate: int) -> None:
     expected, _ = trained_by_hand(4, accumulate)
     model = mamba()
-    masks = attach_masks(model, MaskConfig(target_sparsity=0.5, sparsity_weight=2.0))
+    masks = attach_masks(model, MaskConfig(target_sparsity=0.5, sparsity_weight=2.0, fix_after=0.9))
     optimizer = torch.optim.AdamW(masks.parameter_groups(model, 0.1), lr=1e-3, eps=1e-4, weight_decay=0.0)
     settings: dict[str, Any] = {"max_steps": 4, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
     settings |= {"per_device_train_batch_size": 4 // accumulate, "gradient_accumulation_steps": accumulate}
@@ -323,12 +323,35 @@ def test_a_stock_trainer_with_the_callback_is_the_plain_loop(tmp_path: Path, acc
         torch.testing.assert_close(parameter, finished[name], rtol=0, atol=0, msg=name)
 
 
+def test_a_fixed_choice_stays_and_is_exact_in_training_too() -> None:
+    model = mamba().train()
+    masks = attach_masks(model, MaskConfig(target_sparsity=0.4, fix_after=0.5))
+    optimizer = torch.optim.AdamW(masks.parameter_groups(model, 0.3), lr=1e-3)
+    for step in range(20):
+        masks.advance(step, 20)
+        assert masks.fixed == (step >= 10)
+        if step == 10:
+            kept = masks.kept()
+            assert sum(len(units) for units in kept.values()) == round(0.6 * 64)
+        (model(**batches(1)[0]).loss + masks.penalty()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step >= 10:
+            assert {0.0, 1.0} == {round(value, 6) for gate in masks.gates.values() for value in gate().tolist()}
+            assert masks.penalty().item() == pytest.approx(0, abs=0.51 * masks.config.sparsity_weight / 64)
+    assert all(torch.equal(units, kept[name]) for name, units in masks.kept().items())
+    model.eval()
+    soft, expected = logits(model), copy.deepcopy(model)
+    expected.backbone.layers[0].mixer.channel_gate.train()
+    torch.testing.assert_close(soft, logits(expected), rtol=0, atol=1e-4)
+
+
 def test_training_reaches_the_budget() -> None:
     model = mamba().train()
-    masks = attach_masks(model, MaskConfig(target_sparsity=0.5))
+    masks = attach_masks(model, MaskConfig(target_sparsity=0.5, ramp_end=0.7, fix_after=1.0))
     optimizer = torch.optim.AdamW(masks.parameter_groups(model, 0.3), lr=1e-3)
     for step in range(40):
-        masks.advance(step, 40)
+        masks.advance(step, 41)  # its last step, which would make the choice, is never reached
         (model(**batches(1)[0]).loss + masks.penalty()).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -345,7 +368,7 @@ def test_training_reaches_the_budget() -> None:
         ({"kind": "chanel"}, "did you mean 'channel'"),
         ({"target_sparsity": 1.0}, "target_sparsity=1.0 must be at least 0 and below 1"),
         ({"final_tau": 0.9}, "final_tau=0.9 must be above 0 and at most masking_tau=0.5"),
-        ({"ramp_start": 0.8}, "must be ascending shares of training"),
+        ({"ramp_start": 0.35}, "fix_after=0.4 must be ascending shares of training"),
         ({"sparsity_weight": float("nan")}, "sparsity_weight=nan must be 0 or a positive number"),
         ({"kind": "element", "states": True}, "states and block belong to kind='channel'"),
         ({"block": 0}, "block=0 must be at least 1"),

@@ -116,6 +116,13 @@ def test_compile_without_a_break() -> None:
     assert_near(outcome(compiled, tensors), [t.double() for t in outcome(scan, tensors)])
 
 
+def test_a_second_differentiation_is_refused() -> None:
+    x, *rest = leaves(inputs(length=9))
+    (gradient,) = torch.autograd.grad(scan(x, *rest)[0].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -146,12 +146,12 @@ def _is_gated_mlp(module: nn.Module) -> bool:
     return set(MLP_PROJECTIONS) <= dict(module.named_children()).keys()
 
 
-def _known(module: nn.Module, table: Mapping[type, Describe]) -> Describe | None:
+def _known(module: nn.Module, table: Mapping[type[nn.Module], Describe]) -> Describe | None:
     """Of the module's class or one that it is a subclass of (our patched mixers)."""
     return next((describe for cls, describe in table.items() if isinstance(module, cls)), None)
 
 
-def _names(table: Mapping[type, Describe]) -> str:
+def _names(table: Mapping[type[nn.Module], Describe]) -> str:
     return ", ".join(cls.__name__ for cls in table)
 
 
@@ -310,10 +310,10 @@ def _resize_mamba2_states(block: Any, units: int) -> None:
     block.conv_dim = block.intermediate_size + 2 * block.n_groups * units
 
 
-MIXERS: dict[type, Describe] = {
+MIXERS: dict[type[nn.Module], Describe] = {
     MambaMixer: _mamba_group,
     FalconMambaMixer: _mamba_group,
     JambaMambaMixer: _mamba_group,
     Mamba2Mixer: _mamba2_group,
 }
-STATES: dict[type, Describe] = {MambaMixer: _mamba_states, Mamba2Mixer: _mamba2_states}
+STATES: dict[type[nn.Module], Describe] = {MambaMixer: _mamba_states, Mamba2Mixer: _mamba2_states}

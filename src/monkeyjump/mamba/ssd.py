@@ -13,6 +13,8 @@ Sums of dt A are taken in float64: their differences, not they, are what is expo
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,6 +46,7 @@ def ssd_scan(
 
     Raises:
         ValueError: shapes that do not belong together.
+        RuntimeError: when differentiated twice.
     """
     _check_shapes(x, dt, A, B, C, D, initial_state)
     exact = torch.promote_types(x.dtype, torch.float32)
@@ -53,52 +56,91 @@ def ssd_scan(
     x_, dt_, b, c = (_chunks(t.to(exact), size) for t in (x, dt, B, C))
     chunks = x_.shape[1]
     logs = (dt_ * A.to(exact)).double().cumsum(2)  # [B, chunks, Q, H]
-    within = _within_chunks(x_ * dt_[..., None], logs, b, c)
+    b, c = b.transpose(2, 3), c.transpose(2, 3)  # [B, chunks, G, Q, N]
+    within, _ = _within_chunks(x_, dt_, logs, c @ b.transpose(3, 4))
     first = None if initial_state is None else initial_state.to(exact)
-    starts, last = _states(x_ * dt_[..., None], logs, b, first)
-    # C [B, chunks, G, Q, N] times the starts [B, chunks, G, N, heads of G * P]
+    starts, last = _states(x_, dt_, logs, b, first)
+    # C times the starts [B, chunks, G, N, heads of G * P]
     side_by_side = starts.view(batch, chunks, groups, heads // groups * width, states).transpose(3, 4)
-    across = (c.transpose(2, 3) @ side_by_side).view(batch, chunks, groups, size, heads // groups, width)
-    across = across.transpose(3, 4).flatten(2, 3) * logs.exp().to(exact).transpose(2, 3)[..., None]
-    y = (within + across).transpose(2, 3).flatten(1, 2)[:, :length]
+    across = (c @ side_by_side).transpose(2, 3).reshape(batch, chunks, size, heads, width)
+    y = torch.addcmul(_per_head(within), across, logs.exp().to(exact)[..., None]).flatten(1, 2)[:, :length]
     if D is not None:
         y = torch.addcmul(y, x.to(exact), D.to(exact)[:, None])
     y = y.to(x.dtype)
     return (y, last) if return_last_state else y
 
 
-def _within_chunks(x: Tensor, logs: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """What the steps of a chunk give to each other, `[B, chunks, H, Q, P]`.
+@torch.library.custom_op("monkeyjump::ssd_within_chunks", mutates_args=())
+def _within_chunks(x: Tensor, dt: Tensor, logs: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """What the steps of a chunk give to each other, `[B, chunks, H, Q, P]`, and the decays `[B, chunks, H, Q, Q]`.
 
     Args:
-        x: `[B, chunks, Q, H, P]`, times dt.
-        logs: `[B, chunks, Q, H]`, sums of dt A from the chunk's beginning, float64.
-        b, c: `[B, chunks, Q, G, N]`.
+        x: `[B, chunks, Q, H, P]`.
+        dt, logs: `[B, chunks, Q, H]`; logs are sums of dt A from the chunk's beginning, float64.
+        g: `[B, chunks, G, Q, Q]`.
     """
-    size, heads, groups = x.shape[2], x.shape[3], b.shape[3]
-    coarse = logs.to(x.dtype)
-    fine = (logs - coarse.double()).to(x.dtype).detach()  # the rest, exp of which is a factor of rows and of columns
-    rows = coarse.transpose(2, 3)[..., None]  # [B, chunks, H, Q, 1]
-    future = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
-    decay = (rows - rows.transpose(3, 4)).masked_fill(future, -torch.inf).exp()
-    g = c.transpose(2, 3) @ b.permute(0, 1, 3, 4, 2)  # [B, chunks, G, Q, Q]
-    scores = decay.unflatten(2, (groups, heads // groups)) * g[:, :, :, None]
-    fine = fine.transpose(2, 3)[..., None]
-    return (scores.flatten(2, 3) @ (x.transpose(2, 3) * (-fine).exp())) * fine.exp()
+    rows, up, down = _exponents(logs, x.dtype)
+    future = torch.full((x.shape[2],) * 2, -torch.inf, dtype=x.dtype, device=x.device).triu(1)
+    decay = (rows - rows.transpose(3, 4)).add_(future).exp_()
+    columns = _product(_per_head(x), _per_head(dt)[..., None] * down)
+    return (_scores(decay, g) @ columns).mul_(up), decay
 
 
-def _states(x: Tensor, logs: Tensor, b: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("monkeyjump::ssd_within_chunks_backward", mutates_args=())
+def _within_chunks_backward(
+    x: Tensor, dt: Tensor, logs: Tensor, g: Tensor, decay: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, dt, logs and g, given that of the first output."""
+    _, up, down = _exponents(logs, x.dtype)
+    scale = _per_head(dt)[..., None] * down
+    grad, columns = _product(grad, up), _product(_per_head(x), scale)
+    grad_columns = _scores(decay, g).transpose(3, 4) @ grad
+    inner = (grad @ columns.transpose(3, 4)).mul_(decay).unflatten(2, (g.shape[2], -1))
+    grad_g = inner.sum(3)
+    inner = inner.mul_(g[:, :, :, None]).flatten(2, 3)
+    inner.diagonal(dim1=3, dim2=4).zero_()  # the decay of no step is 1 whatever the logs are
+    grad_logs = inner.sum(4) - inner.sum(3)
+    grad_dt = (grad_columns * _per_head(x)).sum(4) * down.squeeze(4)
+    grad_x = _product(_per_head(grad_columns), _per_head(scale))
+    return grad_x, *(_per_head(t).contiguous() for t in (grad_dt, grad_logs.double())), grad_g
+
+
+def _exponents(logs: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The logs as `[B, chunks, H, Q, 1]` in `dtype`, and what rounding left: a factor of rows and one of columns."""
+    logs = _per_head(logs)[..., None]
+    rows = logs.to(dtype)
+    rest = (logs - rows.double()).to(dtype)
+    return rows, rest.exp(), (-rest).exp()
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """`a * b` in the shape of `a`, contiguous whatever the strides of `a`."""
+    return torch.mul(a, b, out=a.new_empty(a.shape))
+
+
+def _per_head(t: Tensor) -> Tensor:
+    """`[B, chunks, Q, H, ...]` as `[B, chunks, H, Q, ...]`, and back."""
+    return t.transpose(2, 3)
+
+
+def _scores(decay: Tensor, g: Tensor) -> Tensor:
+    """`decay` `[B, chunks, H, Q, Q]` times the `g` `[B, chunks, G, Q, Q]` of the head's group."""
+    return (decay.unflatten(2, (g.shape[2], -1)) * g[:, :, :, None]).flatten(2, 3)
+
+
+def _states(x: Tensor, dt: Tensor, logs: Tensor, b: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
     """The states at the beginnings of the chunks `[B, chunks, H, P, N]` and the last one `[B, H, P, N]`.
 
     Args:
-        x, logs, b: as in `_within_chunks`.
+        x, dt, logs: as in `_within_chunks`.
+        b: `[B, chunks, G, Q, N]`.
         first: `[B, H, P, N]` or None.
     """
     batch, chunks, size, heads, width = x.shape
-    groups, states = b.shape[3:]
-    kept = (logs[:, :, -1:] - logs).exp().to(x.dtype)  # [B, chunks, Q, H]
+    groups, states = b.shape[2], b.shape[4]
+    kept = (logs[:, :, -1:] - logs).exp().to(x.dtype) * dt  # [B, chunks, Q, H]
     columns = (x * kept[..., None]).view(batch, chunks, size, groups, heads // groups * width)
-    added = columns.permute(0, 1, 3, 4, 2) @ b.transpose(2, 3)  # [B, chunks, G, heads of G * P, N]
+    added = columns.permute(0, 1, 3, 4, 2) @ b  # [B, chunks, G, heads of G * P, N]
     decay = logs[:, :, -1].exp().to(x.dtype)[..., None, None]  # [B, chunks, H, 1, 1]
     h = x.new_zeros(batch, heads, width, states) if first is None else first
     starts = []
@@ -106,6 +148,36 @@ def _states(x: Tensor, logs: Tensor, b: Tensor, first: Tensor | None) -> tuple[T
         starts.append(h)
         h = torch.addcmul(of_chunk, factor, h)
     return torch.stack(starts, 1), h
+
+
+@_within_chunks.register_fake
+def _within_shapes(x, dt, logs, g):
+    batch, chunks, size, heads, width = x.shape
+    return x.new_empty(batch, chunks, heads, size, width), x.new_empty(batch, chunks, heads, size, size)
+
+
+@_within_chunks_backward.register_fake
+def _within_backward_shapes(x, dt, logs, g, decay, grad):
+    return tuple(t.new_empty(t.shape) for t in (x, dt, logs, g))
+
+
+def _keep_inputs(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None
+    return _within_chunks_backward(*ctx.saved_tensors, grad)
+
+
+def _refuse(ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError("ssd_scan cannot be differentiated twice")
+
+
+_within_chunks.register_autograd(_differentiate, setup_context=_keep_inputs)
+_within_chunks_backward.register_autograd(_refuse)
 
 
 def _chunks(t: Tensor, size: int) -> Tensor:

@@ -36,7 +36,10 @@ class MaskUpdate(TrainerCallback):
         with torch.enable_grad():
             gradients = torch.autograd.grad(self.masks.penalty(), logits)
         for parameter, gradient in zip(logits, gradients):
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad += gradient
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         if "loss" not in logs:

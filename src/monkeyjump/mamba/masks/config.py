@@ -24,6 +24,8 @@ class MaskConfig:
     target_sparsity: share of all gates that is to go, over the whole model.
     sparsity_weight: factor of the regularizer `|expected sparsity - target|`.
     ramp_start, ramp_end: shares of training between which the target rises from 0 (cubic, fast at first).
+    fix_after: share of training after which the exact choice is made and kept: the rest of it trains the weights on the
+        gates that will be exported. 1: only at the end.
     initial_logit, logit_spread: gates start at `initial_logit`, and with scores from Taylor expansion spread around it
         by their rank, `+- logit_spread`.
     block: units are kept in whole runs of so many neighbors.
@@ -39,7 +41,8 @@ class MaskConfig:
     target_sparsity: float = 0.3
     sparsity_weight: float = 10.0
     ramp_start: float = 0.0
-    ramp_end: float = 0.7
+    ramp_end: float = 0.3
+    fix_after: float = 0.4
     initial_logit: float = 2.5
     logit_spread: float = 1.5
     block: int = 1
@@ -53,9 +56,10 @@ class MaskConfig:
             raise ValueError(f"target_sparsity={self.target_sparsity!r} must be at least 0 and below 1")
         if not 0 < self.final_tau <= self.masking_tau:
             raise ValueError(f"final_tau={self.final_tau!r} must be above 0 and at most masking_tau={self.masking_tau}")
-        if not 0 <= self.ramp_start < self.ramp_end <= 1:
+        if not 0 <= self.ramp_start < self.ramp_end <= self.fix_after <= 1:
             raise ValueError(
-                f"ramp_start={self.ramp_start!r}, ramp_end={self.ramp_end!r} must be ascending shares of training"
+                f"ramp_start={self.ramp_start!r}, ramp_end={self.ramp_end!r}, fix_after={self.fix_after!r} must be "
+                f"ascending shares of training"
             )
         if not (self.sparsity_weight >= 0 and math.isfinite(self.sparsity_weight)):
             raise ValueError(f"sparsity_weight={self.sparsity_weight!r} must be 0 or a positive number")

@@ -24,6 +24,7 @@ from monkeyjump.mamba.masks.gates import Gate, GatedElements, GatedRows, logisti
 from monkeyjump.mamba.selection import select_kept
 
 STATE_GATE = "state_gate"
+DECIDED = 40.0  # size of a logit that neither noise (at most 16) nor what momentum is left can turn
 SEED_STRIDE = 1_000_003  # more than any run has steps: seeds of different runs do not meet
 Weights = list[tuple[nn.Module, str]]
 
@@ -97,6 +98,21 @@ class LearnedMasks:
         for gate in self.gates.values():
             gate.noise.copy_(logistic_noise(tuple(gate.logits.shape), generator))
             gate.temperature.fill_(self.temperature)
+        if progress >= self.config.fix_after and total > 1 and not self.fixed:
+            self.fix()
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the choice has been made: all logits say so."""
+        return all(bool((gate.logits.abs() > DECIDED / 2).all()) for gate in self.gates.values())
+
+    def fix(self) -> None:
+        """Make the choice of `target_sparsity` and write it into the logits: gates are 0 or 1 from now on and learn no
+        more, the regularizer is what rounding the count leaves. A checkpoint keeps it, as it keeps logits."""
+        self.decide(self.config.target_sparsity)
+        with torch.no_grad():
+            for gate in self.gates.values():
+                gate.logits.copy_(torch.where(gate.kept, DECIDED, -DECIDED))
 
     def expected_sparsity(self) -> Tensor:
         """Mean probability of a gate to be closed; differentiable, a scalar."""

@@ -5,8 +5,8 @@ dense block's reader gives, the new weight minimizes
 
     mean |W x + b - y|^2 + ridge * mean(x^2) * |W - W0|^2,     W0 the weight as it was kept.
 
-One pass gives the sums for all blocks. With `one_by_one`, a pass per block, in the order of the blocks: each is then
-repaired on what the repaired blocks before it give.
+Blocks are repaired in their order, a pass over the data for each, which then reads what the repaired blocks before it
+give. Without `one_by_one` a single pass serves all, which repairs less.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from monkeyjump.mamba.evaluating import Batch, attended, evaluating
 
 
 def repair(
-    shrunk: nn.Module, dense: nn.Module, batches: Iterable[Batch], *, ridge: float = 1e-3, one_by_one: bool = False
+    shrunk: nn.Module, dense: nn.Module, batches: Iterable[Batch], *, ridge: float = 1e-3, one_by_one: bool = True
 ) -> None:
     """Fit the readers of `shrunk`, in place, to what those of `dense` give on `batches`, keyword arguments of both.
 
