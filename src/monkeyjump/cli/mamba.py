@@ -87,13 +87,12 @@ def pretrain(
     from monkeyjump.mamba.presets import DEFAULT_PRESET, pretraining_config
     from monkeyjump.mamba.pretraining import PretrainRun, open_pretraining
     from monkeyjump.mamba.pretraining import pretrain as pretrain_run
-    from monkeyjump.mamba.pretraining.settings import SETTINGS
 
     quiet()
     screen = Screen()
     lengths = {"minutes": minutes, "max_steps": steps, "num_epochs": epochs, "seed": seed}
     given = {name: value for name, value in lengths.items() if value is not None} | _changes(changes or ())
-    if resume and not (text or held_out or preset or given) and (output / SETTINGS).is_file():
+    if resume and not (text or held_out or preset or given) and (output / PretrainRun.file).is_file():
         run = open_pretraining(output)
     else:
         settings = pretraining_config(preset or DEFAULT_PRESET, **given)

@@ -17,15 +17,9 @@ from monkeyjump.training.problems import explain
 LENGTHS = ("num_epochs", "minutes", "max_steps")  # three ways to say how long; exactly one is set
 
 
-class Pretraining(Section):
-    """A model and how it is pretrained."""
+class Training(Section):
+    """How a model is trained on text."""
 
-    d_model: int = Field(default=256, ge=8, description="width of the residual stream; the inner width is expand times")
-    n_layers: int = Field(default=4, ge=1, description="Mamba blocks")
-    state_size: int = Field(default=16, ge=1, description="states of each inner channel")
-    expand: int = Field(default=2, ge=1, description="inner channels per residual channel")
-    vocab_size: int = Field(default=1000, ge=260, description="tokens of the byte-level BPE, trained on the text")
-    initializer_range: float = Field(default=0.1, gt=0, description="standard deviation of the initial weights")
     context_length: int = Field(default=512, ge=8, description="tokens of a training window")
     batch_size: int = Field(default=16, ge=1, description="windows per optimizer step")
     learning_rate: float = Field(default=1e-4, gt=0, description="the highest one, of AdamW")
@@ -58,12 +52,23 @@ class Pretraining(Section):
         return name
 
     @model_validator(mode="after")
-    def _one_length(self) -> Pretraining:
+    def _one_length(self) -> Training:
         given = [name for name in LENGTHS if getattr(self, name) is not None]
         if len(given) != 1:
             said = " and ".join(given) or "none"
             raise ValueError(f"{said} set: say how long with exactly one of {', '.join(LENGTHS)}")
         return self
+
+
+class Pretraining(Training):
+    """A model and how it is pretrained."""
+
+    d_model: int = Field(default=256, ge=8, description="width of the residual stream; the inner width is expand times")
+    n_layers: int = Field(default=4, ge=1, description="Mamba blocks")
+    state_size: int = Field(default=16, ge=1, description="states of each inner channel")
+    expand: int = Field(default=2, ge=1, description="inner channels per residual channel")
+    vocab_size: int = Field(default=1000, ge=260, description="tokens of the byte-level BPE, trained on the text")
+    initializer_range: float = Field(default=0.1, gt=0, description="standard deviation of the initial weights")
 
 
 class Adaptation(Section):
