@@ -156,6 +156,14 @@ def test_merged_is_adapted_and_removed_is_the_base(make: Callable[[], nn.Module]
     attach_peft(model, alternating(model), batch())  # and again
 
 
+@pytest.mark.parametrize("take_off", [merge_peft, remove_peft])
+def test_modules_frozen_by_the_plan_stay_of_their_class(take_off: Callable[[nn.Module], None]):
+    model = llama()
+    attach_peft(model, uniform_peft(model, "ia3", only=["k_proj"]), batch())
+    take_off(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in llama().modules()]
+
+
 def test_a_copy_has_its_own_adapters():
     model = adapted(mamba)
     before = logits(model)

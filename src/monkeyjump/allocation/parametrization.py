@@ -104,8 +104,11 @@ def adapters_on(module: nn.Module) -> dict[str, Adapter]:
 
 def take_off(module: nn.Module, merge: bool) -> None:
     """Remove a module's adapters; `merge` leaves the adapted tensors, else the original ones come back."""
+    found = adapters_on(module)
+    if not found:  # frozen in the plan: its class is the stock one, which a copy of would no longer be known by
+        return
     own_class(module)
-    for name in adapters_on(module):
+    for name in found:
         parametrize.remove_parametrizations(module, name, leave_parametrized=merge)
 
 
