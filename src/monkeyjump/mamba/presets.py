@@ -74,6 +74,12 @@ class Pretraining(Training):
 class Adaptation(Section):
     """Channel order, masks and hybrid PEFT of the pretrained model."""
 
+    order: bool = Field(default=True, description="fold an order of the channels into the weights")
+    masks: bool = Field(default=True, description="learn which channels go, and shrink the model")
+    adapters: bool = Field(default=True, description="train adapters alone, allocated by importance; else all weights")
+    order_method: str = Field(default="correlation", description="importance, correlation, random or identity")
+    calibration_batches: int = Field(default=8, ge=1, description="batches that orders and importance are measured on")
+    gate_learning_rate: float = Field(default=0.1, gt=0, description="of the masks; a gate has several units to go")
     importance_threshold: float = Field(default=0.5, ge=0, le=1, description="share of the tuned modules with LoRA")
     peft_application_ratio: float = Field(default=0.3, gt=0, le=1, description="share of the modules that are tuned")
     peft_r: int = Field(default=16, ge=1, description="rank of LoRA")
@@ -82,6 +88,19 @@ class Adaptation(Section):
     target_sparsity: float = Field(default=0.3, ge=0, lt=1, description="share of the channels to be removed")
     sparsity_weight: float = Field(default=1e-5, ge=0, description="weight of |sparsity - target| in the loss")
     scan_update_frequency: int = Field(default=1000, ge=1, description="optimizer steps from one channel order on")
+
+    @field_validator("order_method")
+    @classmethod
+    def _known_method(cls, name: str) -> str:
+        from monkeyjump.mamba.order.order import METHODS
+        from monkeyjump.suggest import check_choice
+
+        check_choice("order_method", name, METHODS)
+        return name
+
+
+class Adapting(Training, Adaptation):
+    """How a pretrained model is adapted."""
 
 
 class TrainingConfig(Pretraining, Adaptation):
@@ -98,6 +117,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 6e-3,
         "num_epochs": None,
         "minutes": 10,
+        "order_method": "importance",
+        "sparsity_weight": 10.0,
     },
 }
 DEFAULT_PRESET = "laptop"
@@ -115,6 +136,11 @@ def training_config(preset: str = DEFAULT_PRESET, **changes: Any) -> TrainingCon
 def pretraining_config(preset: str = DEFAULT_PRESET, **changes: Any) -> Pretraining:
     """The part of `training_config` that pretraining reads; a field of another part is refused."""
     return _checked(Pretraining, preset, changes)
+
+
+def adapting_config(preset: str = DEFAULT_PRESET, **changes: Any) -> Adapting:
+    """The part of `training_config` that adapting reads; a field of another part is refused."""
+    return _checked(Adapting, preset, changes)
 
 
 def _checked(kind: Any, preset: str, changes: dict[str, Any]) -> Any:

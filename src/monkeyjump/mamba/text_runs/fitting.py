@@ -97,7 +97,7 @@ def fit(
             elif "held_out/perplexity" in step.metrics:
                 display.note(f"step {step.number}: held-out perplexity {step.metrics['held_out/perplexity']:.1f}")
 
-        finite = FiniteGradients(STOP_AFTER, None, trainer.train_dataset.where)  # type: ignore[union-attr]
+        finite = FiniteGradients(STOP_AFTER, None, trainer.train_dataset.where)
         finite.trainer = watched.trainer = trainer
         own = (*callbacks, Metrics(report), finite, watched, StopOnSignal(interrupts))
         for callback in (*own, Checkpoints(folder / files.CHECKPOINTS, keep)):
