@@ -32,13 +32,19 @@ class WithSettings(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
-        from monkeyjump.mamba.presets import PRESETS, Pretraining
+        from monkeyjump.mamba.presets import PRESETS
 
         table = Table("field", *PRESETS, "meaning", title="Fields of --set", title_justify="left", box=None)
-        for name, field in Pretraining.model_fields.items():
+        for name, field in _settings_of(ctx.command.name).model_fields.items():
             values = ("" if (v := p.get(name, field.default)) is None else str(v) for p in PRESETS.values())
             table.add_row(name, *values, field.description)
         Console(highlight=False, markup=False).print(table)
+
+
+def _settings_of(command: str | None) -> Any:
+    from monkeyjump.mamba.presets import Adapting, Pretraining
+
+    return Adapting if command == "adapt" else Pretraining
 
 
 @app.callback()
@@ -87,13 +93,12 @@ def pretrain(
     from monkeyjump.mamba.presets import DEFAULT_PRESET, pretraining_config
     from monkeyjump.mamba.pretraining import PretrainRun, open_pretraining
     from monkeyjump.mamba.pretraining import pretrain as pretrain_run
-    from monkeyjump.mamba.pretraining.settings import SETTINGS
 
     quiet()
     screen = Screen()
     lengths = {"minutes": minutes, "max_steps": steps, "num_epochs": epochs, "seed": seed}
-    given = {name: value for name, value in lengths.items() if value is not None} | _changes(changes or ())
-    if resume and not (text or held_out or preset or given) and (output / SETTINGS).is_file():
+    given = {name: value for name, value in lengths.items() if value is not None} | _changes(changes or (), "pretrain")
+    if resume and not (text or held_out or preset or given) and (output / PretrainRun.file).is_file():
         run = open_pretraining(output)
     else:
         settings = pretraining_config(preset or DEFAULT_PRESET, **given)
@@ -102,19 +107,18 @@ def pretrain(
     return 0
 
 
-def _changes(given: Any) -> dict[str, Any]:
+def _changes(given: Any, command: str) -> dict[str, Any]:
     """`field=value` strings; values as YAML reads them."""
     from omegaconf import OmegaConf
 
-    from monkeyjump.mamba.presets import Pretraining
-
+    fields = _settings_of(command).model_fields
     found: dict[str, Any] = {}
     for change in given:
         name, sign, value = change.partition("=")
         if not sign or not value:
             raise InputError(f"--set {change}: expected field=value", hint="for example --set learning_rate=1e-3")
-        if name not in Pretraining.model_fields:
-            raise InputError(f"--set {change}: unknown field '{name}'", hint=near_miss(name, Pretraining.model_fields))
+        if name not in fields:
+            raise InputError(f"--set {change}: unknown field '{name}'", hint=near_miss(name, fields))
         found[name] = OmegaConf.from_dotlist([change])[name]
     return found
 
@@ -134,6 +138,128 @@ def _show_result(folder: Path, screen: Screen) -> None:
     screen.say(f"\nIt goes on like this: {' '.join(result['sample'].split())}\n")
     took = f" {duration(result['seconds'])} of training." if result["seconds"] else ""
     screen.say(f"{folder}: done.{took} Next: monkeyjump mamba perplexity {folder} TEXT")
+
+
+@app.command(cls=WithSettings)
+def adapt(
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="A folder of `pretrain`, or a Hub id.")] = None,
+    text: Annotated[list[str] | None, typer.Argument(metavar="TEXT...", help=TEXT_HELP)] = None,
+    output: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/adapted"),
+    held_out: Annotated[
+        list[str] | None, typer.Option(help="Text for the perplexity; repeatable. Else a share of TEXT is kept apart.")
+    ] = None,
+    order: Annotated[bool | None, typer.Option("--order/--no-order", help="Channel order.")] = None,
+    masks: Annotated[bool | None, typer.Option("--masks/--no-masks", help="Learned masks, shrinking.")] = None,
+    adapters: Annotated[bool | None, typer.Option("--adapters/--no-adapters", help="Hybrid PEFT.")] = None,
+    preset: Annotated[str | None, typer.Option(help="laptop (the default) or mamba-readme.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Train about so long; the speed is measured first.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Or so many optimizer steps.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Or so many passes over the text.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of adapters, masks, windows and held-out documents.")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the list below; repeatable.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
+    debug: Debug = False,
+) -> int:
+    """Adapt a pretrained Mamba: channel order, learned masks, adapters where they matter, a smaller model.
+
+    An order of the channels is folded into the weights, modules are ranked by importance and get LoRA, IA³ or
+    nothing, masks learn which channels go. The model in the folder has the adapters merged and the channels
+    removed; the adapters and the order stand beside it. Without adapters all weights train.
+
+    Examples:
+
+      monkeyjump mamba adapt runs/mamba news.txt --output runs/news --minutes 10
+
+      monkeyjump mamba adapt runs/mamba news.txt --output runs/lora --no-order --no-masks
+
+      monkeyjump mamba adapt --output runs/news --resume
+    """
+    from monkeyjump.cli.quiet import quiet
+    from monkeyjump.mamba.adapting import AdaptRun, open_adapting
+    from monkeyjump.mamba.adapting import adapt as adapt_run
+    from monkeyjump.mamba.presets import DEFAULT_PRESET, adapting_config
+
+    quiet()
+    screen = Screen()
+    lengths = {"minutes": minutes, "max_steps": steps, "num_epochs": epochs, "seed": seed}
+    chosen = lengths | {"order": order, "masks": masks, "adapters": adapters}
+    given = {name: value for name, value in chosen.items() if value is not None} | _changes(changes or (), "adapt")
+    if resume and not (model or text or held_out or preset or given) and (output / AdaptRun.file).is_file():
+        run = open_adapting(output)
+    else:
+        if not (model and text):
+            raise InputError("MODEL and TEXT are missing", hint="monkeyjump mamba adapt runs/mamba news.txt")
+        settings = adapting_config(preset or DEFAULT_PRESET, **given)
+        place = str(Path(model).resolve()) if Path(model).exists() else model
+        run = AdaptRun(model=place, text=text, held_out_text=held_out or [], settings=settings, output=output)
+    _show_smaller(adapt_run(run, screen, resume), screen)
+    return 0
+
+
+@app.command()
+def shrink(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder of `pretrain` or `adapt`, or a Hub id.")],
+    text: Annotated[list[str], typer.Option(help=f"To score channels on; repeatable. {TEXT_HELP}")],
+    output: Annotated[Path, typer.Option(help="The smaller model's folder.")],
+    sparsity: Annotated[float, typer.Option(help="Share of the channels that go.")] = 0.5,
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option(help="Text for the perplexity; repeatable. Else a share of --text is kept apart."),
+    ] = None,
+    order: Annotated[
+        str | None, typer.Option(help="importance, correlation, random or identity, folded first.")
+    ] = None,
+    block: Annotated[int, typer.Option(min=1, help="Neighboring channels that go or stay together.")] = 1,
+    repair: Annotated[bool, typer.Option("--repair", help="Fit out_proj to the dense model by least squares.")] = False,
+    seed: Annotated[int, typer.Option(help="Of windows, random orders and held-out documents.")] = 0,
+    debug: Debug = False,
+) -> int:
+    """Make a Mamba physically smaller: channels with the lowest Taylor scores go, without training.
+
+    Examples:
+
+      monkeyjump mamba shrink runs/mamba --text valid.txt --sparsity 0.5 --repair --output runs/half
+
+      monkeyjump mamba shrink runs/mamba --text valid.txt --order correlation --block 16 --output runs/blocks
+    """
+    from monkeyjump.cli.quiet import quiet
+    from monkeyjump.mamba.adapting import ShrinkRequest, shrink_model
+
+    quiet()
+    screen = Screen()
+    request = ShrinkRequest(
+        model=model, text=text, output=output, sparsity=sparsity, held_out_text=held_out or [], order=order,
+        block=block, repair=repair, seed=seed,
+    )  # fmt: skip
+    shrink_model(request, screen)
+    _show_smaller(output, screen)
+    return 0
+
+
+def _show_smaller(folder: Path, screen: Screen) -> None:
+    from monkeyjump.training.folder import RESULT, read_json
+
+    result = read_json(folder / RESULT)
+    held, speed, score = result["held_out"], result["latency"], result["efficiency"]
+    table = Table("", "before", "after", title_justify="left")
+    for name, before, after in (
+        ("parameters", f"{result['parameters_before']:,}", f"{result['parameters']:,}"),
+        ("perplexity per token", *(f"{held[when]['perplexity']:.3f}" for when in ("before", "after"))),
+        ("latency, ms", *(f"{speed[when]['ms']:.1f}" for when in ("before", "after"))),
+        ("FLOPs per token", *(f"{score[when]['flops_per_token']:.3g}" for when in ("before", "after"))),
+        ("next-token accuracy", *(f"{score[when]['accuracy']:.2%}" for when in ("before", "after"))),
+        ("efficiency, log E", *(f"{score[when]['log_efficiency']:.2f}" for when in ("before", "after"))),
+    ):
+        table.add_row(name, before, after)
+    screen.out.print(table)
+    if "order alone" in speed:
+        alone = speed["order alone"]
+        screen.say(f"the order alone: {alone['speed']:.2f} x as fast [{alone['low']:.2f}, {alone['high']:.2f}]")
+    if result.get("target_sparsity") is not None:
+        screen.say(f"average sparsity {result['sparsity']:.3f}, target {result['target_sparsity']}")
+    screen.say(f"{folder}: done. Next: monkeyjump mamba perplexity {folder} TEXT")
 
 
 @app.command()

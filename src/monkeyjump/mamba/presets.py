@@ -17,15 +17,9 @@ from monkeyjump.training.problems import explain
 LENGTHS = ("num_epochs", "minutes", "max_steps")  # three ways to say how long; exactly one is set
 
 
-class Pretraining(Section):
-    """A model and how it is pretrained."""
+class Training(Section):
+    """How a model is trained on text."""
 
-    d_model: int = Field(default=256, ge=8, description="width of the residual stream; the inner width is expand times")
-    n_layers: int = Field(default=4, ge=1, description="Mamba blocks")
-    state_size: int = Field(default=16, ge=1, description="states of each inner channel")
-    expand: int = Field(default=2, ge=1, description="inner channels per residual channel")
-    vocab_size: int = Field(default=1000, ge=260, description="tokens of the byte-level BPE, trained on the text")
-    initializer_range: float = Field(default=0.1, gt=0, description="standard deviation of the initial weights")
     context_length: int = Field(default=512, ge=8, description="tokens of a training window")
     batch_size: int = Field(default=16, ge=1, description="windows per optimizer step")
     learning_rate: float = Field(default=1e-4, gt=0, description="the highest one, of AdamW")
@@ -58,7 +52,7 @@ class Pretraining(Section):
         return name
 
     @model_validator(mode="after")
-    def _one_length(self) -> Pretraining:
+    def _one_length(self) -> Training:
         given = [name for name in LENGTHS if getattr(self, name) is not None]
         if len(given) != 1:
             said = " and ".join(given) or "none"
@@ -66,9 +60,26 @@ class Pretraining(Section):
         return self
 
 
+class Pretraining(Training):
+    """A model and how it is pretrained."""
+
+    d_model: int = Field(default=256, ge=8, description="width of the residual stream; the inner width is expand times")
+    n_layers: int = Field(default=4, ge=1, description="Mamba blocks")
+    state_size: int = Field(default=16, ge=1, description="states of each inner channel")
+    expand: int = Field(default=2, ge=1, description="inner channels per residual channel")
+    vocab_size: int = Field(default=1000, ge=260, description="tokens of the byte-level BPE, trained on the text")
+    initializer_range: float = Field(default=0.1, gt=0, description="standard deviation of the initial weights")
+
+
 class Adaptation(Section):
     """Channel order, masks and hybrid PEFT of the pretrained model."""
 
+    order: bool = Field(default=True, description="fold an order of the channels into the weights")
+    masks: bool = Field(default=True, description="learn which channels go, and shrink the model")
+    adapters: bool = Field(default=True, description="train adapters alone, allocated by importance; else all weights")
+    order_method: str = Field(default="correlation", description="importance, correlation, random or identity")
+    calibration_batches: int = Field(default=8, ge=1, description="batches that orders and importance are measured on")
+    gate_learning_rate: float = Field(default=0.1, gt=0, description="of the masks; a gate has several units to go")
     importance_threshold: float = Field(default=0.5, ge=0, le=1, description="share of the tuned modules with LoRA")
     peft_application_ratio: float = Field(default=0.3, gt=0, le=1, description="share of the modules that are tuned")
     peft_r: int = Field(default=16, ge=1, description="rank of LoRA")
@@ -77,6 +88,19 @@ class Adaptation(Section):
     target_sparsity: float = Field(default=0.3, ge=0, lt=1, description="share of the channels to be removed")
     sparsity_weight: float = Field(default=1e-5, ge=0, description="weight of |sparsity - target| in the loss")
     scan_update_frequency: int = Field(default=1000, ge=1, description="optimizer steps from one channel order on")
+
+    @field_validator("order_method")
+    @classmethod
+    def _known_method(cls, name: str) -> str:
+        from monkeyjump.mamba.order.order import METHODS
+        from monkeyjump.suggest import check_choice
+
+        check_choice("order_method", name, METHODS)
+        return name
+
+
+class Adapting(Training, Adaptation):
+    """How a pretrained model is adapted."""
 
 
 class TrainingConfig(Pretraining, Adaptation):
@@ -93,6 +117,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 6e-3,
         "num_epochs": None,
         "minutes": 10,
+        "order_method": "importance",
+        "sparsity_weight": 10.0,
     },
 }
 DEFAULT_PRESET = "laptop"
@@ -110,6 +136,11 @@ def training_config(preset: str = DEFAULT_PRESET, **changes: Any) -> TrainingCon
 def pretraining_config(preset: str = DEFAULT_PRESET, **changes: Any) -> Pretraining:
     """The part of `training_config` that pretraining reads; a field of another part is refused."""
     return _checked(Pretraining, preset, changes)
+
+
+def adapting_config(preset: str = DEFAULT_PRESET, **changes: Any) -> Adapting:
+    """The part of `training_config` that adapting reads; a field of another part is refused."""
+    return _checked(Adapting, preset, changes)
 
 
 def _checked(kind: Any, preset: str, changes: dict[str, Any]) -> Any:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from monkeyjump.mamba import patch_mamba
-from monkeyjump.mamba.patch_mixers import SCANNING
+from monkeyjump.mamba.loading import load_model
 from monkeyjump.mamba.perplexity import Perplexity, check_window, perplexity
 from monkeyjump.mamba.texts import iterate
 from monkeyjump.tasks.errors import InputError
-from monkeyjump.tasks.models import check_model, load_base, load_tokenizer
+from monkeyjump.tasks.models import check_model, load_tokenizer
 
 
 def score(model: str, text: Sequence[str], window: int, stride: int, batch_size: int, join: bool = False) -> Perplexity:
@@ -26,10 +25,8 @@ def score(model: str, text: Sequence[str], window: int, stride: int, batch_size:
     check_window(window, stride)
     documents = iterate(text)
     check_model(model)
-    loaded, tokenizer = load_base(model), load_tokenizer(model)
+    loaded, tokenizer = load_model(model), load_tokenizer(model)
     longest = getattr(loaded.config, "max_position_embeddings", None)  # Mamba has none: any length
     if longest is not None and window > longest:
         raise InputError(f"window = {window}: {model} reads no more than {longest} tokens", hint=f"--window {longest}")
-    if any(type(module) in SCANNING for module in loaded.modules()):
-        patch_mamba(loaded)
     return perplexity(loaded, tokenizer, ["".join(documents)] if join else documents, window, stride, batch_size)

@@ -173,6 +173,17 @@ def apart(train: Documents, held_out: Documents) -> Documents:
     return Documents([text for text in train.texts if text not in held], train.origin)
 
 
+def first_of(texts: list[str], characters: int) -> list[str]:
+    """The beginning of the texts, of so many characters altogether."""
+    found = []
+    for text in texts:
+        found.append(text[:characters])
+        characters -= len(text)
+        if characters <= 0:
+            break
+    return found
+
+
 def _cut(text: str, share: float) -> int:
     """Where the last `share` of a text begins: after a line, or after a word where there is but one line."""
     wanted = len(text) - round(share * len(text))

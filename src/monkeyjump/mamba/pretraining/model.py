@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM
 
 from monkeyjump.mamba import patch_mamba
@@ -18,7 +16,6 @@ from monkeyjump.training.checkpoints import sync
 from monkeyjump.training.saving import SaveFailed, no_space
 
 WEIGHTS = "model.safetensors"
-TIMED_STEPS = 6
 
 
 def build_model(settings: Pretraining, tokenizer: Any) -> Any:
@@ -38,20 +35,6 @@ def build_model(settings: Pretraining, tokenizer: Any) -> Any:
     model = MambaForCausalLM(config)
     patch_mamba(model)
     return model
-
-
-def seconds_per_step(model: Any, batch: dict[str, Tensor]) -> float:
-    """Median time of an optimizer step on `batch`. `model` is trained by it: give one that is not needed."""
-    optimizer = torch.optim.AdamW(model.train().parameters())
-    times = []
-    for _ in range(TIMED_STEPS):
-        start = time.perf_counter()
-        model(**batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        times.append(time.perf_counter() - start)
-    return sorted(times[1:])[len(times) // 2 - 1]  # the first step also sets buffers up
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

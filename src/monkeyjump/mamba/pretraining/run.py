@@ -13,8 +13,6 @@ A run may be killed at any moment: `resume=True` goes on, and ends with the weig
 
 from __future__ import annotations
 
-import math
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -23,27 +21,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PrinterCallback
+from transformers import AutoTokenizer
 
 from monkeyjump.mamba.perplexity import Perplexity, perplexity, unigram_perplexity
-from monkeyjump.mamba.pretraining.model import build_model, save_model, save_tokenizer, seconds_per_step
-from monkeyjump.mamba.pretraining.settings import SETTINGS, PretrainRun, check_same, write_settings
+from monkeyjump.mamba.pretraining.model import build_model, save_model, save_tokenizer
+from monkeyjump.mamba.pretraining.settings import PretrainRun
 from monkeyjump.mamba.pretraining.tokenizer import train_tokenizer
 from monkeyjump.mamba.pretraining.trainer import HeldOut, WindowTrainer, training_arguments
 from monkeyjump.mamba.pretraining.windows import Windows, collate, encode, windows_in
-from monkeyjump.mamba.texts import Documents, apart, hold_out, read_documents
-from monkeyjump.tasks.errors import InputError
+from monkeyjump.mamba.text_runs.corpus import read_texts, recorded_facts
+from monkeyjump.mamba.text_runs.fitting import fit, planned_steps
+from monkeyjump.mamba.text_runs.settings import begun, going_on, write_settings
+from monkeyjump.mamba.texts import Documents, first_of
 from monkeyjump.training import folder as files
-from monkeyjump.training.callbacks import Checkpoints, FiniteGradients, Metrics, Step, StopOnSignal
-from monkeyjump.training.checkpoints import ASIDE, clear_aside, latest, number_of
+from monkeyjump.training.callbacks import Step
+from monkeyjump.training.checkpoints import ASIDE, clear_aside, latest
 from monkeyjump.training.run import Display
-from monkeyjump.training.saving import no_space
 from monkeyjump.training.signals import Interrupted, Interrupts
 
-GO_ON = "go on with: monkeyjump mamba pretrain --output {folder} --resume"
 WATCHED = 60_000  # characters of the held-out text that are scored on the way
-TRAINING_SHARE = 0.93  # of the minutes: the rest goes to the held-out perplexities
-STOP_AFTER = 3  # steps in a row without a finite gradient
 SAMPLE_TOKENS = 48
 
 
@@ -67,11 +63,11 @@ def pretrain(run: PretrainRun, display: Display, resume: bool = False) -> Path:
         SaveFailed: the disk is full.
     """
     folder = run.output
-    going_on = _check_folder(run, resume)
-    if going_on and files.is_done(folder):
+    started = begun(run, resume)
+    if started and files.is_done(folder):
         display.note(f"{folder} is done already")
         return folder
-    with Interrupts(f"interrupted; {GO_ON.format(folder=folder)}") as interrupts:
+    with Interrupts(f"interrupted; {going_on(run)}") as interrupts:
         with files.made(folder, "--output"):
             corpus = _prepare(run, display)
             facts = _facts(run, corpus, display)
@@ -81,46 +77,18 @@ def pretrain(run: PretrainRun, display: Display, resume: bool = False) -> Path:
         files.clear(folder)
         save_tokenizer(corpus.tokenizer, folder)
         files.write_facts(folder, facts)
-        checkpoint = latest(folder / files.CHECKPOINTS) if going_on else None
+        checkpoint = latest(folder / files.CHECKPOINTS) if started else None
         trainer, last = _fit(run, corpus, facts["steps"], checkpoint, interrupts, display)
         if interrupts.received:
             step = trainer.state.global_step
-            raise Interrupted(f"interrupted; step {step} is saved; {GO_ON.format(folder=folder)}", interrupts.received)
+            raise Interrupted(f"interrupted; step {step} is saved; {going_on(run)}", interrupts.received)
     _finish(run, corpus, facts, trainer.model, last, display)
     return folder
 
 
-def _check_folder(run: PretrainRun, resume: bool) -> bool:
-    """Whether there is something to go on with."""
-    folder = run.output
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("pretraining runs in one process", hint="start it without torchrun or accelerate launch")
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output: {folder} is a file", hint="name a folder, which is made if need be")
-    if not (folder / SETTINGS).is_file():
-        if folder.is_dir() and any(path for path in folder.iterdir() if not path.name.startswith(".")):
-            raise InputError(f"--output: {folder} holds something else", hint="name a new folder")
-        return False
-    if not resume:
-        raise InputError(
-            f"--output: {folder} holds a run already", hint="add --resume to go on with it, or name another folder"
-        )
-    check_same(run)
-    return True
-
-
 def _prepare(run: PretrainRun, display: Display) -> Corpus:
     settings, folder = run.settings, run.output
-    train = read_documents(run.text, display.note)
-    if run.held_out_text:
-        held_out = read_documents(run.held_out_text, display.note)
-    else:
-        train, held_out = hold_out(train, settings.held_out, settings.seed)
-    train = apart(train, held_out)
-    if not held_out.texts or not train.texts:
-        raise InputError(
-            f"{train.origin}: no text is left beside the part that is held out for perplexity", hint="give more text"
-        )
+    train, held_out = read_texts(run, display)
     if (folder / files.FACTS).is_file():  # the tokenizer that the checkpoints were made with
         tokenizer = AutoTokenizer.from_pretrained(folder)
     else:
@@ -137,18 +105,11 @@ def _size(documents: Documents) -> str:
 
 def _facts(run: PretrainRun, corpus: Corpus, display: Display) -> dict[str, Any]:
     """run.json: as it is if it is there, for its number of steps must not be measured anew."""
-    path = run.output / files.FACTS
     prints = {"text": corpus.train.fingerprint, "held_out": corpus.held_out.fingerprint}
-    if path.is_file():
-        before = files.read_json(path)
-        if before["fingerprints"] != prints:
-            raise InputError(
-                f"{run.output}: the text is not the one that the run was begun with",
-                hint="restore the files, or begin a new run in another folder",
-            )
-        return {name: value for name, value in before.items() if name != "versions"}
+    if (before := recorded_facts(run, prints)) is not None:
+        return before
     model = build_model(run.settings, corpus.tokenizer)
-    steps, seconds = _steps(run, corpus, model)
+    steps, seconds = planned_steps(run.settings, corpus.stream, model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     display.note(
         f"{parameters:,} parameters, {len(corpus.stream):,} training tokens, {steps} steps"
@@ -169,22 +130,6 @@ def _facts(run: PretrainRun, corpus: Corpus, display: Display) -> dict[str, Any]
     }
 
 
-def _steps(run: PretrainRun, corpus: Corpus, model: Any) -> tuple[int, float | None]:
-    """Optimizer steps of the run, and the seconds of one where they had to be measured."""
-    settings = run.settings
-    if settings.max_steps is not None:
-        return settings.max_steps, None
-    if settings.num_epochs is not None:
-        rows = windows_in(corpus.stream, settings.context_length)
-        return math.ceil(settings.num_epochs * rows / settings.batch_size), None
-    assert settings.minutes is not None
-    windows = Windows(corpus.stream, settings.context_length, settings.batch_size, settings.seed)
-    batch = collate(windows[number] for number in range(len(windows)))
-    del batch["row_ids"]
-    seconds = seconds_per_step(model, batch)
-    return max(1, int(TRAINING_SHARE * 60 * settings.minutes / seconds)), seconds
-
-
 def _fit(
     run: PretrainRun, corpus: Corpus, steps: int, checkpoint: Path | None, interrupts: Interrupts, display: Display
 ) -> tuple[WindowTrainer, Step | None]:
@@ -194,46 +139,8 @@ def _fit(
     checkpoints = folder / files.CHECKPOINTS
     arguments = training_arguments(settings, steps, checkpoints / ASIDE)
     trainer = WindowTrainer(model, arguments, train_dataset=windows, data_collator=collate)
-    trainer.remove_callback(PrinterCallback)
-    done = number_of(checkpoint) if checkpoint else 0
-    metrics = files.MetricsFile(folder, done if checkpoint else -1)
-    if checkpoint:
-        display.note(f"going on after step {done} of {steps}")
-    last: Step | None = None
-    with display.bar("pretrain", steps) as bar:
-
-        def report(step: Step) -> None:
-            nonlocal last, done
-            last = step
-            # without the clock first: these numbers are the same in every run of the same settings
-            metrics.write({"step": step.number, **step.metrics, "seconds": round(step.seconds, 3)})
-            if "loss" in step.metrics:
-                bar.advance(step.number - done, f"loss {step.loss:.3f}, {step.tokens_per_second:.0f} tokens/s")
-                done = step.number
-            elif "held_out/perplexity" in step.metrics:
-                display.note(f"step {step.number}: held-out perplexity {step.metrics['held_out/perplexity']:.1f}")
-
-        finite = FiniteGradients(STOP_AFTER, None, windows.where)
-        watched = HeldOut(corpus.tokenizer, _first(corpus.held_out.texts, WATCHED), settings)
-        finite.trainer = watched.trainer = trainer
-        for callback in (
-            Metrics(report), finite, watched, StopOnSignal(interrupts), Checkpoints(checkpoints, settings.keep)
-        ):  # fmt: skip
-            trainer.add_callback(callback)
-        with no_space(folder):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return trainer, last
-
-
-def _first(texts: list[str], characters: int) -> list[str]:
-    """The beginning of the texts, of so many characters altogether."""
-    found = []
-    for text in texts:
-        found.append(text[:characters])
-        characters -= len(text)
-        if characters <= 0:
-            break
-    return found
+    watched = HeldOut(corpus.tokenizer, first_of(corpus.held_out.texts, WATCHED), settings)
+    return trainer, fit(trainer, watched, folder, settings.keep, checkpoint, interrupts, display, "pretrain")
 
 
 def _finish(

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from monkeyjump.mamba.perplexity import perplexity
-from monkeyjump.mamba.presets import Pretraining
+from monkeyjump.mamba.presets import Training
 from monkeyjump.training.arguments import OURS
 
 
@@ -39,7 +39,7 @@ class WindowTrainer(Trainer):
 class HeldOut(TrainerCallback):
     """Logs the perplexity on `texts` every so many steps, and at the end."""
 
-    def __init__(self, tokenizer: Any, texts: list[str], settings: Pretraining) -> None:
+    def __init__(self, tokenizer: Any, texts: list[str], settings: Training) -> None:
         self.tokenizer, self.texts, self.settings = tokenizer, texts, settings
         self.trainer: WindowTrainer | None = None
 
@@ -54,7 +54,7 @@ class HeldOut(TrainerCallback):
         control.should_log = due  # Trainer takes the loss's own line for written
 
 
-def training_arguments(settings: Pretraining, steps: int, folder: Path) -> TrainingArguments:
+def training_arguments(settings: Training, steps: int, folder: Path) -> TrainingArguments:
     """`folder` is where Trainer writes; the run moves what is complete away from there."""
     given = {
         "output_dir": str(folder),

@@ -1,0 +1,112 @@
+"""A model cut in one shot: channels chosen by Taylor scores, or by the masks that a run has learned."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from monkeyjump.mamba.adapting.run import before_and_after, calibration
+from monkeyjump.mamba.channel_importance import channel_importance
+from monkeyjump.mamba.channels import channel_groups
+from monkeyjump.mamba.loading import load_model
+from monkeyjump.mamba.order import ChannelOrder
+from monkeyjump.mamba.order.order import METHODS
+from monkeyjump.mamba.perplexity import check_window
+from monkeyjump.mamba.pretraining.model import save_model, save_tokenizer
+from monkeyjump.mamba.pretraining.windows import encode, windows_in
+from monkeyjump.mamba.selection import select_kept
+from monkeyjump.mamba.shrink import repair, shrink
+from monkeyjump.mamba.texts import apart, hold_out, read_documents
+from monkeyjump.suggest import check_choice
+from monkeyjump.tasks.errors import InputError
+from monkeyjump.tasks.models import check_model, load_tokenizer
+from monkeyjump.training import folder as files
+from monkeyjump.training.run import Display
+
+HELD_OUT = 0.05  # of the text, where no other is given
+
+
+@dataclass(frozen=True)
+class ShrinkRequest:
+    """`block` > 1: whole runs of so many neighbors go, after `order` was folded in."""
+
+    model: str
+    text: list[str]
+    output: Path
+    sparsity: float = 0.5
+    held_out_text: list[str] = field(default_factory=list)
+    order: str | None = None
+    block: int = 1
+    repair: bool = False
+    context_length: int = 256
+    batch_size: int = 4
+    calibration_batches: int = 8
+    seed: int = 0
+
+
+def shrink_model(request: ShrinkRequest, display: Display) -> dict[str, Any]:
+    """Writes the smaller model to `output` and returns result.json's content.
+
+    Raises:
+        InputError: for names and numbers that are wrong, before anything is written.
+        SaveFailed: the disk is full.
+    """
+    _check(request)
+    train = read_documents(request.text, display.note)
+    if request.held_out_text:
+        held_out = read_documents(request.held_out_text, display.note)
+    else:
+        train, held_out = hold_out(train, HELD_OUT, request.seed)
+    train = apart(train, held_out)
+    if not train.texts or not held_out.texts:
+        raise InputError(f"{train.origin}: no text is left beside the part that is held out", hint="give more text")
+    tokenizer = load_tokenizer(request.model)
+    stream = encode(tokenizer, train.texts)
+    windows_in(stream, request.context_length)
+    dense = load_model(request.model).float()
+    batches = calibration(stream, request)
+    model, order = copy.deepcopy(dense), None
+    try:
+        if request.order is not None:
+            order = ChannelOrder(request.order, seed=request.seed)
+            order.update(model, batches)
+        groups = channel_groups(model)
+        scores = channel_importance(model, batches, groups)
+        kept = select_kept(groups, scores, request.sparsity, block=request.block)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    before = model.num_parameters()
+    shrink(model, kept)
+    if request.repair:
+        repair(model, dense, batches)
+    with files.made(request.output, "--output"):
+        save_tokenizer(tokenizer, request.output)
+        save_model(model, request.output)
+        if order is not None:
+            order.save(request.output / "order")
+    result = {
+        "sparsity": request.sparsity,
+        "parameters_before": before,
+        "parameters": model.num_parameters(),
+        "units_by_block": {name: len(units) for name, units in kept.items()},
+        "repaired": request.repair,
+        **before_and_after(dense, model, order, tokenizer, held_out.texts, request),
+    }
+    files.write_json(request.output / files.RESULT, result)
+    return result
+
+
+def _check(request: ShrinkRequest) -> None:
+    if not 0 <= request.sparsity < 1:
+        raise InputError(f"--sparsity = {request.sparsity}: it must be at least 0 and below 1")
+    if request.order is not None:
+        try:
+            check_choice("--order", request.order, METHODS)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+    check_window(request.context_length, request.context_length)
+    if request.output.exists() and (not request.output.is_dir() or any(request.output.iterdir())):
+        raise InputError(f"--output: {request.output} holds something else", hint="name a new folder")
+    check_model(request.model)

@@ -1,0 +1,109 @@
+"""What happens to the model before it trains: order folded, importance measured, adapters and gates put on.
+
+All of it is a function of the model, the text and the seed: a run that goes on does it again, and then reads the
+weights of its checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from monkeyjump.allocation import PeftPlan, allocate_peft, attach_peft, taylor_importance
+from monkeyjump.mamba.channel_importance import channel_importance
+from monkeyjump.mamba.channels import channel_groups
+from monkeyjump.mamba.masks import LearnedMasks, MaskConfig, attach_masks
+from monkeyjump.mamba.order import ChannelOrder
+from monkeyjump.mamba.presets import Adapting
+from monkeyjump.tasks.errors import InputError
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What was put on the model; None for what is switched off."""
+
+    order: ChannelOrder | None
+    plan: PeftPlan | None
+    masks: LearnedMasks | None
+
+
+def prepare(model: Any, settings: Adapting, batches: list[Any]) -> Stages:
+    """Order, adapters and gates on `model`, in place. Raises InputError for what this model cannot have."""
+    try:
+        order = ChannelOrder(settings.order_method, seed=settings.seed) if settings.order else None
+        if order is not None:
+            order.update(model, batches)
+        scores = channel_importance(model, batches, channel_groups(model)) if settings.masks else None
+        plan = _adapters(model, settings, batches) if settings.adapters else None
+        masks = attach_masks(model, _mask_config(settings), scores) if settings.masks else None
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return Stages(order, plan, masks)
+
+
+def _adapters(model: Any, settings: Adapting, batches: list[Any]) -> PeftPlan:
+    plan = allocate_peft(
+        model,
+        taylor_importance(model, batches),
+        settings.peft_application_ratio,
+        settings.importance_threshold,
+        settings.peft_r,
+        settings.peft_alpha,
+    )
+    torch.manual_seed(settings.seed)
+    attach_peft(model, plan, batches[0])
+    return plan
+
+
+def _mask_config(settings: Adapting) -> MaskConfig:
+    return MaskConfig(
+        masking_tau=settings.masking_tau,
+        final_tau=min(settings.masking_tau, MaskConfig.final_tau),
+        target_sparsity=settings.target_sparsity,
+        sparsity_weight=settings.sparsity_weight,
+        seed=settings.seed,
+    )
+
+
+def lines(stages: Stages, model: Any) -> Iterator[str]:
+    """What the log says before training."""
+    order = stages.order
+    if order is not None:
+        yield f"channel order: {order.method}, {len(order.blocks)} blocks, {order.seconds:.1f} s"
+        for block in order.blocks:
+            if block.cost_after is not None:
+                yield (
+                    f"  {block.block}: correlation matrix {block.correlation_shape}, "
+                    f"path cost {block.cost_before:.1f} -> {block.cost_after:.1f}"
+                )
+    if stages.plan is not None:
+        yield from stages.plan.lines()
+    trained, total = trainable(model)
+    yield f"trainable parameters: {trained:,} of {total:,} ({trained / total:.2%})"
+
+
+def trainable(model: Any) -> tuple[int, int]:
+    """Parameters that are trained, and all; gates of masks are in neither."""
+    sizes = [(p.numel(), p.requires_grad) for name, p in model.named_parameters() if not name.endswith("gate.logits")]
+    return sum(size for size, wanted in sizes if wanted), sum(size for size, _ in sizes)
+
+
+def optimizer(model: Any, settings: Adapting, masks: LearnedMasks | None) -> torch.optim.AdamW:
+    """AdamW: matrices of the model decay, adapters, A_log, vectors and gates do not; gates have their own rate."""
+    decayed: list[Any] = []
+    plain: list[Any] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or name.endswith("gate.logits"):
+            continue
+        leaf = name.rpartition(".")[2]
+        own = parameter.ndim > 1 and leaf not in ("A_log", "lora_A", "lora_B")
+        (decayed if own else plain).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain}]
+    if masks is not None:
+        gates = [gate.logits for gate in masks.gates.values()]
+        groups.append({"params": gates, "lr": settings.gate_learning_rate})
+    used = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(used, lr=settings.learning_rate, betas=(0.9, settings.beta2), weight_decay=0.0)
