@@ -214,7 +214,7 @@ class MoETuner(BaseTuner):
         mine = _filter_state_dict_for_adapter_name(has, others)
         expected = super()._get_adapter_state_dict(model, config, adapter_name, mine, others)
         check_keys({cls._remove_adapter_name_from_key(k, adapter_name): v for k, v in expected.items()}, weights, has)
-        restore_allocator(model, config, training)
+        restore_allocator(model, training)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
 
 

@@ -70,7 +70,8 @@ class RoutedAdaLora(RoutedTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        restore_allocator(model, config, split_training_state(state_dict)[1])
+        state = split_training_state(state_dict)[1]
+        config.rank_pattern = restore_allocator(model, state) or config.rank_pattern
         with _full_ranks(config):
             return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
@@ -163,11 +164,12 @@ def allocator_state(model: nn.Module, pattern: dict[str, list[bool]] | None = No
     return state
 
 
-def restore_allocator(model: nn.Module, config: Any, state: TrainingState) -> None:
+def restore_allocator(model: nn.Module, state: TrainingState) -> dict[str, list[bool]]:
+    """Put the averages back; returns the ranks that stay, where `allocator_state` was given them."""
     saved, allocator = state.tensors.get(ALLOCATOR), _allocator(model)
+    pattern: dict[str, list[bool]] = {}
     if not saved or allocator is None:
-        return
-    pattern = {}
+        return pattern
     for key, value in saved.items():
         average, _, name = key.partition("/")
         name = name.replace("/", ".")
@@ -176,4 +178,4 @@ def restore_allocator(model: nn.Module, config: Any, state: TrainingState) -> No
             continue
         getattr(allocator, average)[name] = value
         allocator.ipt.setdefault(name, torch.zeros_like(value))
-    config.rank_pattern = pattern or config.rank_pattern
+    return pattern
