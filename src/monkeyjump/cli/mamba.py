@@ -238,6 +238,12 @@ def shrink(
     return 0
 
 
+def _log_efficiency(score: dict[str, Any]) -> str:
+    """JSON has no infinity: of an accuracy of 0 it holds null."""
+    value = score["log_efficiency"]
+    return "-inf" if value is None else f"{value:.2f}"
+
+
 def _show_smaller(folder: Path, screen: Screen) -> None:
     from monkeyjump.training.folder import RESULT, read_json
 
@@ -250,7 +256,7 @@ def _show_smaller(folder: Path, screen: Screen) -> None:
         ("latency, ms", *(f"{speed[when]['ms']:.1f}" for when in ("before", "after"))),
         ("FLOPs per token", *(f"{score[when]['flops_per_token']:.3g}" for when in ("before", "after"))),
         ("next-token accuracy", *(f"{score[when]['accuracy']:.2%}" for when in ("before", "after"))),
-        ("efficiency, log E", *(f"{score[when]['log_efficiency']:.2f}" for when in ("before", "after"))),
+        ("efficiency, log E", *(_log_efficiency(score[when]) for when in ("before", "after"))),
     ):
         table.add_row(name, before, after)
     screen.out.print(table)

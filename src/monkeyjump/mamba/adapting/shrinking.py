@@ -1,4 +1,4 @@
-"""A model cut in one shot: channels chosen by Taylor scores, or by the masks that a run has learned."""
+"""A model cut in one shot: the channels with the lowest Taylor scores go, without training."""
 
 from __future__ import annotations
 
