@@ -72,7 +72,7 @@ def test_task(name: str, tmp_path: Path, prompts: VisionPrompts, media: Path, mo
         assert example.is_right(example.gold[0])
         assert len(example.media) == {"text": 0, "image": 1, "video": 8}[task.modality]
         row = prompts.encode(task, 3, example)
-        answer = prompts._answer(example.gold[0])
+        answer = prompts._answer(task, example.gold[0])
         supervised = [label for label in row["labels"] if label >= 0]
         assert supervised == [*answer, prompts.tokenizer.eos_token_id]
         assert (row["task"], row["task_ids"]) == (task.name, 3)

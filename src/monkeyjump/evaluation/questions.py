@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from monkeyjump.moe.more import TaskTable
 from monkeyjump.tasks import Examples, Prompts, Task
 from monkeyjump.tasks.prompts import Tokens
-from monkeyjump.training.probe import needs_task_ids
 from monkeyjump.tuner.model import routing_inputs
 from monkeyjump.tuner.router import Router
 
@@ -61,3 +61,11 @@ def told(model: nn.Module, questions: Sequence[Question]) -> AbstractContextMana
     ids = torch.tensor([question.task_id for question in questions])
     device = next(model.parameters()).device
     return routing_inputs(model, prompt_lengths=lengths.to(device), task_ids=ids.to(device))
+
+
+def needs_task_ids(model: nn.Module) -> bool:
+    """Whether any router decides by task, or a method has parameters of each (MoRE)."""
+    if any(isinstance(module, TaskTable) for module in model.modules()):
+        return True
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    return any(config.granularity == "task" for router in routers for config in router.configs.values())

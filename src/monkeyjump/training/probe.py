@@ -17,7 +17,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from monkeyjump.moe.more import TaskTable
+from monkeyjump.evaluation.questions import needs_task_ids
 from monkeyjump.tuner.router import Router
 
 OWN_COLUMNS = ("task_ids", "row_ids")  # of the batch, not of the model
@@ -87,14 +87,6 @@ def forward(model: Any, batch: Mapping[str, Any], precision: str = "none") -> An
         inputs.pop("task_ids", None)
     with autocast(model.device.type, precision):
         return model(**inputs)
-
-
-def needs_task_ids(model: nn.Module) -> bool:
-    """Whether any router decides by task, or a method has parameters of each (MoRE)."""
-    if any(isinstance(module, TaskTable) for module in model.modules()):
-        return True
-    routers = [module for module in model.modules() if isinstance(module, Router)]
-    return any(config.granularity == "task" for router in routers for config in router.configs.values())
 
 
 def autocast(device: str, precision: str) -> AbstractContextManager[Any]:

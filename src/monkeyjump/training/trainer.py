@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer
 
+from monkeyjump.evaluation.questions import needs_task_ids
 from monkeyjump.training.losses import TaskLosses
-from monkeyjump.training.probe import needs_task_ids
 
 
 class RunTrainer(Trainer):
