@@ -96,8 +96,7 @@ def pretrain(
 
     quiet()
     screen = Screen()
-    lengths = {"minutes": minutes, "max_steps": steps, "num_epochs": epochs, "seed": seed}
-    given = {name: value for name, value in lengths.items() if value is not None} | _changes(changes or (), "pretrain")
+    given = _given("pretrain", changes, minutes=minutes, max_steps=steps, num_epochs=epochs, seed=seed)
     if resume and not (text or held_out or preset or given) and (output / PretrainRun.file).is_file():
         run = open_pretraining(output)
     else:
@@ -105,6 +104,11 @@ def pretrain(
         run = PretrainRun(text=text or [], held_out_text=held_out or [], settings=settings, output=output)
     _show_result(pretrain_run(run, screen, resume), screen)
     return 0
+
+
+def _given(command: str, changes: list[str] | None, **options: Any) -> dict[str, Any]:
+    """The fields that the command line sets: its options, and above them --set."""
+    return {name: value for name, value in options.items() if value is not None} | _changes(changes or (), command)
 
 
 def _changes(given: Any, command: str) -> dict[str, Any]:
@@ -183,9 +187,10 @@ def adapt(
 
     quiet()
     screen = Screen()
-    lengths = {"minutes": minutes, "max_steps": steps, "num_epochs": epochs, "seed": seed}
-    chosen = lengths | {"order": order, "masks": masks, "adapters": adapters}
-    given = {name: value for name, value in chosen.items() if value is not None} | _changes(changes or (), "adapt")
+    given = _given(
+        "adapt", changes, minutes=minutes, max_steps=steps, num_epochs=epochs, seed=seed,
+        order=order, masks=masks, adapters=adapters,
+    )  # fmt: skip
     if resume and not (model or text or held_out or preset or given) and (output / AdaptRun.file).is_file():
         run = open_adapting(output)
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from torch import nn
@@ -10,8 +9,6 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from monkeyjump.moe.model import MoETuner
-
-logger = logging.getLogger("monkeyjump")
 
 
 class RankUpdate(TrainerCallback):
