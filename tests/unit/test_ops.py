@@ -13,8 +13,9 @@ from monkeyjump.ops import (
     gated_linear_reference,
     gated_scale,
     gated_scale_reference,
+    low_rank,
 )
-from monkeyjump.ops.dropout import spread
+from monkeyjump.ops.dropout import _places, spread
 from monkeyjump.tuner.fused import FusedLoraLinear, FusedSVDLinear
 from tiny import llama, routed, tokens, trainable
 
@@ -278,3 +279,27 @@ def test_masks_come_from_the_global_generator() -> None:
     assert not torch.equal(first, DropoutMask.draw(x, 0.5).bits)
     torch.random.set_rng_state(state)
     assert torch.equal(first, DropoutMask.draw(x, 0.5).bits)
+
+
+@pytest.mark.parametrize("gate", ["none", "token"])
+def test_what_a_gpu_leaves_to_autograd_equals_the_reference(gate: str) -> None:
+    given = operands()
+    grads = []
+    for composed in (True, False):
+        if composed:
+            m = None if gate == "none" else GATES[gate].reshape(-1, 1)
+            out = low_rank._composed(
+                given["x"].view(-1, 5), given["weight"], given["bias"], given["a"], given["b"], m, 1.5
+            ).view(2, 3, 4)
+        else:
+            out = reference(given, GATES[gate], 1.5, None)
+        weights = torch.arange(out.numel(), dtype=out.dtype).view(out.shape)
+        grads.append((out, *torch.autograd.grad((out * weights).sum(), [given[n] for n in ("x", "a", "b")])))
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_mask_of_bytes_is_packed_and_spread_without_loss(p: float) -> None:
+    kept = torch.rand(64, 8, generator=torch.Generator().manual_seed(1)) > p
+    bits = kept.to(torch.uint8).mul_(_places(torch.device("cpu"))).sum(-1, dtype=torch.uint8)
+    assert torch.equal(spread(bits, kept.shape, torch.float32), kept.float())

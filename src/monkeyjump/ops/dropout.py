@@ -38,6 +38,9 @@ class DropoutMask:
         if x.device.type == "cpu" and native.is_there():
             seed = int(torch.empty((), dtype=torch.int64).random_(-(2**63), None))
             bits = native.draw_bits(seed, keep, words)
+        elif x.is_cuda:  # few calls, where each costs more than what it computes
+            kept = torch.empty(words * 8, 8, dtype=torch.uint8, device=x.device).bernoulli_(keep / 2**DIGITS)
+            bits = kept.mul_(_places(x.device)).sum(-1, dtype=torch.uint8)
         else:
             bits = _draw_words(words, keep, x.device)
         return cls(bits.view(torch.uint8), x.shape, p)
@@ -63,7 +66,16 @@ def _draw_words(words: int, keep: int, device: torch.device) -> Tensor:
 
 def spread(bits: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """The mask as zeros and ones of the given shape."""
+    if bits.is_cuda:
+        one = bits.unsqueeze(1).bitwise_and(_places(bits.device)) != 0
+        return one.view(-1)[: shape.numel()].view(shape).to(dtype)
     return _bytes(dtype, bits.device).index_select(0, bits.int()).view(-1)[: shape.numel()].view(shape)
+
+
+@functools.lru_cache(maxsize=16)
+def _places(device: torch.device) -> Tensor:
+    """The value of each of a byte's eight bits."""
+    return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)
 
 
 @functools.lru_cache(maxsize=16)

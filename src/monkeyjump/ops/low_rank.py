@@ -63,9 +63,25 @@ def gated_linear(
         RuntimeError: when differentiated twice.
     """
     scale = scale if dropout is None else scale * dropout.factor
-    inputs = (_flat(x), weight, bias, a, b, _per_token(gate, x), scale, dropout)
-    y = _GatedLinear.apply(*inputs) if torch.is_grad_enabled() else _linear(*inputs)[0]
+    flat, gate = _flat(x), _per_token(gate, x)
+    if not torch.is_grad_enabled():
+        y = _linear(flat, weight, bias, a.to(x.dtype), b.to(x.dtype), gate, scale, dropout)[0]
+    elif dropout is None and x.is_cuda:
+        y = _composed(flat, weight, bias, a.to(x.dtype), b.to(x.dtype), gate, scale)
+    else:
+        y = _GatedLinear.apply(flat, weight, bias, a, b, gate, scale, dropout)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _composed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gate: Tensor | None, scale: float
+) -> Tensor:
+    """The same for autograd to differentiate, which calls the kernels of the backward pass without Python.
+
+    Where launching kernels takes longer than running them, that counts. It keeps what `_GatedLinear` keeps.
+    """
+    u = _weigh(F.linear(x, a), None if gate is None else gate.to(x.dtype), scale)
+    return F.linear(x, weight, bias).addmm_(u, b.T)
 
 
 def gated_delta(
@@ -100,7 +116,15 @@ def _per_token(gate: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def _weigh(u: Tensor, gate: Tensor | None, scale: float) -> Tensor:
-    return u.mul_(scale if gate is None else (gate * scale).to(u.dtype))
+    """`u * gate * scale`, in place; the gate may be of a higher precision."""
+    return u.mul_(scale if gate is None else gate if scale == 1 else gate * scale)
+
+
+def thin_products(grad: Tensor, u: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """`grad^T u` `[d_out, r]` and `grad B` `[N, r]` for `grad` `[N, d_out]` and `u` `[N, r]`."""
+    if grad.is_cuda:  # where every call counts; gradients come laid out like their parameters
+        return grad.T @ u, grad @ b
+    return (u.T @ grad).T, grad @ b.T.contiguous().T  # the layouts in which a CPU's BLAS takes a fraction of the time
 
 
 def _update(
@@ -111,8 +135,7 @@ def _update(
         return native.low_rank_forward(x, a, b, bias, gate, scale, bits)
     if bits is not None:
         x = x * spread(bits, x.shape, x.dtype)
-    u = _weigh(x @ a.to(x.dtype).T, gate, scale)
-    b = b.to(u.dtype)
+    u = _weigh(x @ a.T, gate, scale)
     return u @ b.T if bias is None else torch.addmm(bias, u, b.T), u
 
 
@@ -121,7 +144,11 @@ class _Update(torch.autograd.Function):
 
     @staticmethod
     def keep(ctx: Any, x, a, b, u, gate, scale: float, dropout: DropoutMask | None, trained: bool) -> tuple:
-        """Tensors for `save_for_backward`; x only where the gradient of A, if that is `trained`, will read it."""
+        """Tensors for `save_for_backward`; x only where the gradient of A, if that is `trained`, will read it.
+
+        Args:
+            a, b: in the dtype of x.
+        """
         ctx.shape, ctx.scale = x.shape, scale
         return x if trained else None, a, b, u, gate, None if dropout is None else dropout.bits
 
@@ -132,22 +159,21 @@ class _Update(torch.autograd.Function):
         wants_x = ctx.needs_input_grad[0]
         if native.serves_update(a, b, grad, x):
             return native.low_rank_backward(grad, x, a, b, u, gate, ctx.scale, bits, wants_x)
-        grad_b = (u.T @ grad).T.to(b.dtype)
-        # with B laid out like this the thin product is several times faster than as it is stored
-        grad_u = _weigh(grad @ b.to(grad.dtype).T.contiguous().T, gate, ctx.scale)
+        grad_b, grad_u = thin_products(grad, u, b)
+        grad_u = _weigh(grad_u, gate, ctx.scale)
         mask = None if bits is None else spread(bits, ctx.shape, grad.dtype)
         grad_a = grad_x = None
         if x is not None:
-            grad_a = (grad_u.T @ (x if mask is None else x * mask)).to(a.dtype)
+            grad_a = grad_u.T @ (x if mask is None else x * mask)
         if wants_x:
-            grad_x = grad_u @ a.to(grad.dtype)
+            grad_x = grad_u @ a
             if mask is not None:
                 grad_x.mul_(mask)
         return grad_x, grad_a, grad_b
 
 
 def _linear(x, weight, bias, a, b, gate, scale, dropout) -> tuple[Tensor, Tensor]:
-    """The layer's output and u."""
+    """The layer's output and u; A and B are in the dtype of x."""
     y, u = _update(x, a, b, bias, gate, scale, None if dropout is None else dropout.bits)
     return y.addmm_(x, weight.T), u
 
@@ -155,6 +181,7 @@ def _linear(x, weight, bias, a, b, gate, scale, dropout) -> tuple[Tensor, Tensor
 class _GatedLinear(_Update):
     @staticmethod
     def forward(ctx: Any, x, weight, bias, a, b, gate, scale, dropout):
+        a, b = a.to(x.dtype), b.to(x.dtype)  # kept like this; autograd takes their gradients back to their own dtype
         y, u = _linear(x, weight, bias, a, b, gate, scale, dropout)
         ctx.save_for_backward(weight, *_Update.keep(ctx, x, a, b, u, gate, scale, dropout, ctx.needs_input_grad[3]))
         return y
@@ -172,6 +199,7 @@ class _GatedLinear(_Update):
 class _GatedDelta(_Update):
     @staticmethod
     def forward(ctx: Any, x, a, b, gate, scale, dropout):
+        a, b = a.to(x.dtype), b.to(x.dtype)
         y, u = _update(x, a, b, None, gate, scale, None if dropout is None else dropout.bits)
         ctx.save_for_backward(*_Update.keep(ctx, x, a, b, u, gate, scale, dropout, ctx.needs_input_grad[1]))
         return y

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from monkeyjump.ops.dropout import DropoutMask, spread
+from monkeyjump.ops.low_rank import thin_products
 
 
 def mixture_delta_reference(
@@ -128,11 +129,12 @@ class _Mixture(torch.autograd.Function):
     def forward(ctx: Any, x, weight, bias, a, b, gates, scale, dropout):
         bits = None if dropout is None else dropout.bits
         ctx.scale = scale = scale if dropout is None else scale * dropout.factor
+        a, b = a.to(x.dtype), b.to(x.dtype)  # kept like this; autograd takes their gradients back to their own dtype
         with _exact(x):
             dropped = x if bits is None else x * spread(bits, x.shape, x.dtype)
-            u = dropped @ a.to(x.dtype).T
+            u = dropped @ a.T
             v = _weighed(u, (gates * scale).to(u.dtype), b.shape[1])
-            y = v @ b.to(x.dtype).T if bias is None else torch.addmm(bias, v, b.to(x.dtype).T)
+            y = v @ b.T if bias is None else torch.addmm(bias, v, b.T)
             if weight is not None:
                 y.addmm_(x, weight.T)
         ctx.shape = x.shape
@@ -143,13 +145,12 @@ class _Mixture(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):
         x, weight, a, b, u, gates, bits = ctx.saved_tensors
-        wants_x, _, _, wants_a, wants_b, wants_gates = ctx.needs_input_grad[:6]
+        wants_x, _, _, wants_a, _, wants_gates = ctx.needs_input_grad[:6]
         experts, dtype = gates.shape[1], u.dtype
         with _exact(grad):
             scaled = (gates * ctx.scale).to(dtype)
-            grad_b = (_weighed(u, scaled, b.shape[1]).T @ grad).T.to(b.dtype) if wants_b else None
-            # with B laid out like this the thin product is several times faster than as it is stored
-            grad_v = (grad @ b.to(dtype).T.contiguous().T).unflatten(-1, (experts, -1))
+            grad_b, grad_v = thin_products(grad, _weighed(u, scaled, b.shape[1]), b)
+            grad_v = grad_v.unflatten(-1, (experts, -1))
             grad_gates = None
             if wants_gates:
                 grad_gates = (grad_v * u.unflatten(-1, (-1, grad_v.shape[-1]))).sum(-1).to(gates.dtype) * ctx.scale
@@ -158,9 +159,9 @@ class _Mixture(torch.autograd.Function):
             mask = None if bits is None else spread(bits, ctx.shape, dtype)
             grad_x = grad_a = None
             if wants_a:
-                grad_a = (grad_u.T @ (x if mask is None else x * mask)).to(a.dtype)
+                grad_a = grad_u.T @ (x if mask is None else x * mask)
             if wants_x:
-                grad_x = grad_u @ a.to(dtype)
+                grad_x = grad_u @ a
                 if mask is not None:
                     grad_x.mul_(mask)
                 if weight is not None:

@@ -42,14 +42,13 @@ class CenterStatistics:
         states = states.float()
         if native.serves(states):
             return cls(*native.center_sums(states, assigned, unit=space == "sphere"))
-        weight = assigned.float()
         norms = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
-        finite = norms.isfinite()  # one state that is not would stay in a center for ever
-        states, norms, weight = torch.where(finite, states, 0), torch.where(finite, norms, 1), weight * finite
-        counts = weight.sum(0)
+        finite = norms < torch.inf  # one state that is not would stay in a center for ever
+        states, assigned = torch.where(finite, states, 0), assigned & finite
+        weight = assigned.float()
         if space == "sphere":  # the sum of unit vectors, without a normalized copy of the states
-            weight = weight / norms.clamp_min(1e-12)
-        return cls(weight.T @ states, counts)
+            weight = torch.where(assigned, norms.clamp_min(1e-12).reciprocal(), 0)
+        return cls(weight.T @ states, assigned.sum(0, dtype=torch.float32))
 
     @classmethod
     def none(cls, centers: int, dim: int, device: torch.device) -> CenterStatistics:

@@ -49,7 +49,9 @@ def route(
             total = {"none": 0, "one": 1, "k": min(k, experts)}[gate_norm]
             found = native.route(flat, centers, experts, temperature, k, total)
             return tuple(t.view(*states.shape[:-1], t.shape[-1]) for t in found)  # type: ignore[return-value]
-    logits = similarity_logits(states, centers, similarity) / temperature
+    logits = similarity_logits(states, centers, similarity)
+    if temperature != 1:
+        logits = logits / temperature
     if jitter:
         logits = logits * torch.empty_like(logits).uniform_(1 - jitter, 1 + jitter)
     own = logits

@@ -78,12 +78,14 @@ def _sole_adapter(layer: Any, args: tuple, kwargs: dict) -> str | None:
 
 def _fused(layer: Any, adapter: str, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     gate = gate_of(layer, adapter)
-    m = None if gate is None else gate(x)
     dropout = _dropout(layer, adapter, x)
     base = layer.base_layer
-    if m is not None and m.requires_grad:  # a trainable router: the gate's own gradient is left to autograd
-        y = base(x)
-        return y + gated_delta(x.to(y.dtype), a, b, None, scale, dropout) * m.to(y.dtype)
+    m = None
+    if gate is not None:
+        if gate.trains():  # a trainable router: the gate's own gradient is left to autograd
+            y = base(x)
+            return y + gated_delta(x.to(y.dtype), a, b, None, scale, dropout) * gate(x).to(y.dtype)
+        m, scale = gate.scaled(x, scale), 1.0
     weight, bias = (None, None) if type(base) not in PLAIN or is_hooked(base) else (base.weight, base.bias)
     if weight is None or not is_frozen_like(weight, bias, x):
         y = base(x)

@@ -33,9 +33,10 @@ class GateBox:
     def __init__(self) -> None:
         self.gates: dict[str, Tensor] | None = None
         self._drawn: tuple[Tensor, DropoutMask] | None = None
+        self._columns: tuple[Tensor, tuple[float, torch.dtype], tuple[Tensor, ...]] | None = None
 
     def __getstate__(self) -> dict:
-        return {"gates": None, "_drawn": None}  # activations: not for pickle or deepcopy
+        return {"gates": None, "_drawn": None, "_columns": None}  # activations: not for pickle or deepcopy
 
     @contextmanager
     def showing(self, gates: dict[str, Tensor] | None) -> Iterator[None]:
@@ -44,7 +45,14 @@ class GateBox:
         try:
             yield
         finally:
-            self.gates, self._drawn = outer, None
+            self.gates, self._drawn, self._columns = outer, None, None
+
+    def columns(self, gates: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """`gates` `[B, T, E]` times `scale` as E columns `[B T, 1]`, made once for all layers of the block."""
+        if self._columns is None or self._columns[0] is not gates or self._columns[1] != (scale, dtype):
+            scaled = (gates.reshape(-1, gates.shape[-1]) * scale).to(dtype)
+            self._columns = gates, (scale, dtype), scaled.split(1, dim=1)
+        return self._columns[2]
 
     def dropout_mask(self, x: Tensor, p: float) -> DropoutMask:
         """The mask of `x`: layers of the block that read the same `x` share one (rule 8)."""
@@ -69,12 +77,7 @@ class Gate:
         Raises:
             RuntimeError: the layer runs outside its block, or on other tokens than the block's.
         """
-        if self.box.gates is None or self.adapter not in self.box.gates:
-            raise RuntimeError(
-                f"{self.name} was called outside its block, so there is no routing decision for it; "
-                "call the block, or add the layer to shared_modules"
-            )
-        m = self.box.gates[self.adapter][..., self.slot]  # [B, T] or [B, 1]
+        m = self._decided()[..., self.slot]  # [B, T] or [B, 1]
         if x.dim() == 3 and m.shape[0] == x.shape[0] and m.shape[1] in (1, x.shape[1]):
             return m.unsqueeze(-1)
         if x.dim() == 2 and x.shape[0] % m.shape[0] == 0:
@@ -90,6 +93,26 @@ class Gate:
             f"{self.name} got an input of shape {tuple(x.shape)}, but its block routed {m.shape[0]} rows of "
             f"{m.shape[1]} tokens; add it to shared_modules"
         )
+
+    def scaled(self, x: Tensor, scale: float) -> Tensor:
+        """As calling it, times `scale` and in the dtype of `x`; `[B T, 1]` where each token has a gate of its own."""
+        gates = self._decided()
+        if x.dim() == 3 and x.shape[:2] == gates.shape[:2]:
+            return self.box.columns(gates, scale, x.dtype)[self.slot]
+        return (self(x) * scale).to(x.dtype)
+
+    def trains(self) -> bool:
+        """Whether the router is learned, so that the gate wants a gradient."""
+        return self._decided().requires_grad
+
+    def _decided(self) -> Tensor:
+        """The block's gates, `[B, T, E]` or `[B, 1, E]`."""
+        if self.box.gates is None or self.adapter not in self.box.gates:
+            raise RuntimeError(
+                f"{self.name} was called outside its block, so there is no routing decision for it; "
+                "call the block, or add the layer to shared_modules"
+            )
+        return self.box.gates[self.adapter]
 
 
 def gate_of(layer: BaseTunerLayer, adapter: str) -> Gate | None:
