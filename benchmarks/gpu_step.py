@@ -1,11 +1,9 @@
-"""A training step on a GPU beside PEFT's LoRA, at sizes where launching kernels and where running them takes the time.
+"""A training step on a GPU beside PEFT's LoRA, where launching kernels takes the time and where running them does.
 
-    python benchmarks/gpu_step.py [--only small,medium,large] [--rounds 20] [--dropout 0] [--candidates floor,peft-lora,...]
+    python benchmarks/gpu_step.py [--only small,medium,large] [--rounds 20] [--dropout 0] [--candidates floor,...]
 
 bfloat16 base, r 2, q, k, v, o and gate. Candidates take turns within a round; ratios are taken within a round, medians
-and bootstrap 95 % intervals over rounds. "as calls" and "as one function" are MJ-LoRA with the update left to autograd
-and in a function of our own (`ops/low_rank.py` chooses by size). Peak is that of the tensors during a step, above what
-was there before it.
+and bootstrap 95 % intervals over rounds. Peak is that of the tensors during a step, above what was there before it.
 """
 
 from __future__ import annotations
@@ -15,11 +13,10 @@ import gc
 
 import torch
 
-from monkeyjump.bench.candidates import Candidate, build, load_base
+from monkeyjump.bench.candidates import build, load_base
 from monkeyjump.bench.passes import tokens, training_step
 from monkeyjump.bench.settings import Settings, Shape
 from monkeyjump.bench.timing import Work, interleaved, ratio, summary
-from monkeyjump.ops import low_rank
 
 SIZES = {
     "small": (Shape(512, 6, 8, 8, 1408, 1024), 4, 256),
@@ -27,26 +24,6 @@ SIZES = {
     "large": (Shape(4096, 4, 32, 8, 14_336, 32_000), 32, 512),
 }
 NAMES = "floor,peft-lora,mj-lora,mj-lora-fa"
-WAYS = {"as calls": 1 << 62, "as one function": 0}
-
-
-def choosing(work: Work, most: int) -> Work:
-    """The work with the update's way decided by `most`, see `low_rank.calls_count`."""
-
-    def prepare() -> object:
-        low_rank.MOST_OF_CALLS = most
-        return work.prepare()
-
-    return Work(prepare, work.run)
-
-
-def works_of(candidates: dict[str, Candidate], ids: torch.Tensor) -> dict[str, Work]:
-    works: dict[str, Work] = {}
-    for name, candidate in candidates.items():
-        step = training_step(candidate, ids)
-        ways = WAYS if name == "mj-lora" else {"": low_rank.MOST_OF_CALLS}
-        works |= {f"{name} {way}".strip(): choosing(step, most) for way, most in ways.items()}
-    return works
 
 
 def peak(work: Work) -> float:
@@ -66,18 +43,18 @@ def measure(size: str, rounds: int, dropout: float, names: list[str]) -> None:
     )
     base = load_base(settings)
     ids = tokens(shape.vocab_size, batch, length, 0, "cuda")
-    works = works_of({name: build(name, base, settings) for name in names}, ids)
+    works = {name: training_step(build(name, base, settings), ids) for name in names}
     seconds = interleaved(works, rounds, 3, "cuda")
     print(
         f"{size}: d {shape.hidden_size}, {shape.layers} layers, {batch} x {length} tokens, dropout {dropout}",
         flush=True,
     )
     for name, values in seconds.items():
-        s, r, f = summary(values), ratio(values, seconds["peft-lora"]), ratio(values, seconds["floor"])
+        s, ratios = summary(values), [(other, ratio(values, seconds[other])) for other in ("peft-lora", "floor")]
         print(
-            f"  {name:24s} {1e3 * s.median:8.2f} ms ({1e3 * s.lower:.2f} to {1e3 * s.upper:.2f})"
-            f"   peft-lora {r.median:.3f} [{r.low:.3f}, {r.high:.3f}]   floor {f.median:.3f} [{f.low:.3f}, {f.high:.3f}]"
-            f"   peak {peak(works[name]):.2f} GB",
+            f"  {name:16s} {1e3 * s.median:8.2f} ms ({1e3 * s.lower:.2f} to {1e3 * s.upper:.2f})   ",
+            *(f"{other} {r.median:.3f} [{r.low:.3f}, {r.high:.3f}]   " for other, r in ratios),
+            f"peak {peak(works[name]):.2f} GB",
             flush=True,
         )
 
@@ -87,9 +64,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(SIZES), help=",".join(SIZES))
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument(
-        "--candidates", default=NAMES, help="names of `monkeyjump bench`; floor and peft-lora among them"
-    )
+    parser.add_argument("--candidates", default=NAMES, help="of `monkeyjump bench`, floor and peft-lora among them")
     given = parser.parse_args()
     print(torch.cuda.get_device_name(), torch.__version__)
     for size in given.only.split(","):
