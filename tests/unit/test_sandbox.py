@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -303,6 +304,22 @@ def test_reasons_are_short_and_folders_go(tmp_path: Path, monkeypatch: pytest.Mo
     found = run_program("raise ValueError('x' * 100_000)", SMALL)
     assert found.reason == ("ValueError: " + "x" * 100_000)[:300]
     assert not list(tmp_path.iterdir())
+
+
+@needs_sandbox
+def test_a_caller_with_many_open_files_is_served():
+    """`select` takes no descriptor from 1,024 on."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2048:
+        pytest.skip("this machine lets a process open fewer files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    files = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+    try:
+        assert run_program("assert True", SMALL).passed
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_every_program_has_a_token_of_its_own(monkeypatch: pytest.MonkeyPatch):
