@@ -403,7 +403,7 @@ def reader_input(model: nn.Module, group: Any, batch: dict[str, Tensor]) -> np.n
 @pytest.mark.parametrize("make", [mamba, mamba2])
 def test_the_reported_cost_is_that_of_the_neighbors_correlations(make: Any) -> None:
     """Correlations by numpy; those of heads are means over the pairs of their channels."""
-    batch = batches(1, 40)[0]
+    batch, after = batches(1, 40)[0], []
     for sweeps in (0, 4):
         model = make()
         groups, order = channel_groups(model), ChannelOrder("correlation", two_opt_sweeps=sweeps)
@@ -416,6 +416,8 @@ def test_the_reported_cost_is_that_of_the_neighbors_correlations(make: Any) -> N
                 found.append(sum(1 - rho.mean((1, 3))[i, i + 1] for i in range(group.units - 1)))
             assert (block.cost_before, block.cost_after) == pytest.approx(found, rel=1e-3)
             assert torch.equal(section_of(group)[order.orders[block.block]], section_of(group))
+        after.append(sum(block.cost_after for block in order.blocks))
+    assert after[1] < after[0]  # what 2-opt is for
 
 
 def test_correlation_of_units_is_the_mean_over_pairs_of_channels() -> None:
