@@ -46,8 +46,8 @@ def jamba(seed: int = 0) -> JambaForCausalLM:
     return _ready(JambaForCausalLM(JambaConfig(**{**SMALL, **shape, **pattern})))
 
 
-def plain_llama(seed: int = 0) -> nn.Module:
-    return _ready(llama(seed))
+def plain_llama(seed: int = 0, **changes: object) -> nn.Module:
+    return _ready(llama(seed, **changes))
 
 
 MODELS = {"mamba": mamba, "mamba2": mamba2, "falcon_mamba": falcon_mamba, "jamba": jamba, "llama": plain_llama}

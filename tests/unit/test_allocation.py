@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -81,6 +82,30 @@ def test_taylor_ranks_a_module_that_does_nothing_last():
     assert {name for name, score in scores.items() if score == 0} == silent
 
 
+def test_taylor_of_chosen_modules_in_half_precision_and_whatever_the_callers_mode():
+    torch.manual_seed(0)
+    model = Pair().bfloat16()
+    batch = {"x": torch.randn(1, 3).bfloat16()}
+    with torch.no_grad():
+        found = taylor_importance(model, [batch], ["second"], loss=sum_loss)
+    hidden = model.first(batch["x"])
+    expected = (model.second.weight.float() * hidden.float()).abs().mean().item()
+    assert found.scores == {"second": pytest.approx(expected, rel=1e-6)}
+
+
+def test_taylor_of_a_module_that_is_not_read_is_zero_and_of_a_broken_loss_an_error():
+    class Spare(Pair):
+        def __init__(self) -> None:
+            super().__init__()
+            self.spare = nn.Linear(2, 2)
+
+    batch = {"x": torch.ones(1, 3)}
+    found = taylor_importance(Spare(), [batch], loss=sum_loss).scores
+    assert found["spare"] == 0 < found["first"]
+    with pytest.raises(ValueError, match="the importance of first is nan"):
+        taylor_importance(Pair(), [{"x": torch.full((1, 3), math.nan)}], loss=sum_loss)
+
+
 def test_importance_of_masks():
     logits = {"a": torch.tensor([[3.0, -1.0], [2.0, 0.0]]), "b": torch.tensor([-4.0, -4.0])}
     assert mask_importance(logits).scores == {"a": 0.5, "b": 0.0}
@@ -125,7 +150,19 @@ def test_adaptable_are_linear_layers_and_depthwise_convolutions_but_not_the_head
     }
 
 
+def test_weights_of_whole_numbers_take_no_adapter():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    model[1].weight = nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
+    assert list(adaptable_modules(model)) == ["0"]
+
+
 # ---------------------------------------------------------------------- kinds
+
+
+def test_the_readmes_knobs_are_the_defaults():
+    found = {name: field.default for name, field in inspect.signature(allocate_peft).parameters.items()}
+    readme = {"peft_application_ratio": 0.3, "importance_threshold": 0.5, "peft_r": 16, "peft_alpha": 32}
+    assert readme.items() <= found.items()
 
 
 def four(**options: object):
@@ -152,6 +189,8 @@ def test_most_important_get_lora_then_ia3_then_nothing():
         (10, 0.3, 0.5, 2, 1),  # the README's knobs
         (10, 0.25, 0.5, 2, 1),  # 2.5 -> 3: to the even neighbour it would be 2
         (20, 0.35, 0.7, 5, 2),  # 7 tuned, 4.9 -> 5; 0.35 * 20 is 6.999... in binary
+        (5, 1.0, 0.7, 4, 1),  # 3.5 -> 4; 0.7 * 5 is 3.4999... in binary
+        (10, 0.35, 1.0, 4, 0),  # 3.5 -> 4, as binary 3.4999...
         (3, 1.0, 0.0, 0, 3),
         (3, 1.0, 1.0, 3, 0),
     ],
@@ -185,6 +224,10 @@ def test_the_log_says_who_gets_what_and_by_which_score():
         "  and 9 more layers",
     ]
     assert plan_from(plan.as_record()) == plan
+    record = plan.as_record()
+    record["modules"][0]["kind"] = "lorra"
+    with pytest.raises(ValueError, match=r"kind of model.layers.0.self_attn.q_proj='lorra' is not known"):
+        plan_from(record)
 
 
 # ---------------------------------------------------------------------- budgets
@@ -234,6 +277,7 @@ def test_every_baseline_keeps_the_hybrids_budget():
         assert plan.scale == 2.0
     assert {one.name.rpartition(".")[2] for one in plans[3].of("lora")} == {"x_proj", "dt_proj"}
     assert len(plans[3].of("frozen")) == 6
+    assert [one.kind for one in plans[3].modules] == ["lora"] * 4 + ["frozen"] * 6
     assert uniform_peft(model, "ia3").parameters == sum(m.d_out for m in adaptable_modules(model).values())
 
 
@@ -253,6 +297,7 @@ def test_every_baseline_keeps_the_hybrids_budget():
         ({"peft_r": 0}, "peft_r=0 must be a whole number from 1"),
         ({"peft_r": 2.5}, "peft_r=2.5 must be a whole number"),
         ({"peft_alpha": 0}, "peft_alpha=0 must be above 0"),
+        ({"peft_alpha": math.inf}, "peft_alpha=inf must be above 0 and finite"),
         ({"budget": 10}, "budget=10 is less than the 30 parameters"),
         ({"importance_threshold": 0.0, "budget": 10}, "budget=10 is less than the 20 parameters"),
     ],
@@ -268,8 +313,9 @@ def test_scores_that_do_not_fit_the_model():
         allocate_peft(model, {"1": 0.0})
     with pytest.raises(ValueError, match="scores is empty"):
         allocate_peft(model, {})
-    with pytest.raises(ValueError, match=r"scores\['0'\] is nan"):
-        allocate_peft(model, {"0": float("nan")})
+    for value in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=rf"scores\['0'\] is {value}"):
+            allocate_peft(model, {"0": value})
     with pytest.raises(ValueError, match="kind='frozen' is not known"):
         uniform_peft(model, "frozen")
     with pytest.raises(ValueError, match=r"only names 'xproj'.*did you mean 'x_proj'"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -37,10 +39,12 @@ from monkeyjump.allocation import (
     load_peft,
     merge_peft,
     parameters_along,
+    probe_gradients,
     remove_peft,
     save_peft,
     uniform_peft,
 )
+from monkeyjump.allocation.attach import load_parameters
 from monkeyjump.mamba import patch_mamba
 from monkeyjump.tasks import InputError
 from tiny import VOCAB, llama, position_dependent, tokens, trainable
@@ -464,3 +468,95 @@ def test_permuting_everything_along_an_axis_permutes_the_weight(kind: str):
             parameter.data = parameter.data.index_select(own, order)
         assert torch.equal(module.weight, expected), leaf
         assert axis or module.bias is None or torch.equal(module.bias, expected_bias), leaf
+
+
+# ---------------------------------------------------------------------- one number at a time
+
+
+def test_a_starts_as_pefts_does_and_b_at_zero():
+    torch.manual_seed(2)
+    theirs = get_peft_model(llama(), LoraConfig(r=3, target_modules=r"model\.layers\.0\.self_attn\.q_proj"))
+    model = llama()
+    plan = allocate_peft(model, {"model.layers.0.self_attn.q_proj": 1.0}, 1.0, 1.0, peft_r=3)
+    attach_peft(model, plan, None)
+    a, b = adapter_parameters(model).values()
+    expected = theirs.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight
+    assert a.shape == expected.shape
+    bound = 1 / math.sqrt(32)  # uniform, as kaiming with a = sqrt(5) says
+    for one in (a, expected):
+        assert 0.9 * bound < one.abs().max() <= bound
+    assert not b.any()
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_modes_of_modules_stay(kind: str):
+    model = mamba()
+    model.backbone.layers[0].train()
+    modes = {name: module.training for name, module in model.named_modules()}
+    attach_peft(model, uniform_peft(model, kind), batch())
+    for name, module in model.named_modules():
+        owner = name.partition(".parametrizations")[0]
+        assert module.training == modes[owner], name
+
+
+def test_the_probe_asks_the_callers_loss_in_training_mode_also_without_gradients():
+    model, seen = llama(), []
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        seen.append((model.training, sorted(batch)))
+        return model(input_ids=batch["ids"]).logits.square().mean()
+
+    with torch.no_grad():
+        attach_peft(model, uniform_peft(model, "lora", peft_r=2), {"ids": tokens()}, loss)
+    assert seen == [(True, ["ids"])]
+
+
+def test_a_gradient_of_zero_or_of_another_pass_is_none():
+    model = llama()
+    model.model.layers[1].mlp.down_proj.weight.data.zero_()  # nothing of gate and up comes through
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.gate_proj\.ia3_l, model\.layers\.1\.mlp\.up_proj\.ia3_l"):
+        attach_peft(model, uniform_peft(model, "ia3"), batch())
+    model = Unread()
+    attach_peft(model, uniform_peft(model, "ia3"), None)
+    for parameter in adapter_parameters(model).values():
+        parameter.requires_grad_(True)
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(ValueError, match=r"reaches 1 of 16 .*spare\.ia3_l; leave"):
+        probe_gradients(model, batch())
+    assert all(parameter.grad.eq(1).all() for parameter in adapter_parameters(model).values())
+
+
+def test_tensors_that_do_not_fit_are_named():
+    model = adapted(llama)
+    good = {name: parameter.detach().clone() for name, parameter in adapter_parameters(model).items()}
+    name, first = next(iter(good.items()))
+    for wrong, text in (
+        ({key: value for key, value in good.items() if key != name}, "lora_A is missing"),
+        ({**good, "other.lora_A": first}, "other.lora_A is unknown"),
+        ({**good, name: first * torch.nan}, "lora_A holds values that are not finite"),
+        ({**good, name: first[:1]}, r"lora_A is \[1, 32\], the plan says \[2, 32\]"),
+    ):
+        with pytest.raises(ValueError, match=f"the adapters do not fit: .*{text}"):
+            load_parameters(model, wrong)
+    assert all(torch.equal(parameter, good[key]) for key, parameter in adapter_parameters(model).items())
+
+
+def test_a_plan_that_adapts_nothing_is_refused():
+    model = llama()
+    plan = allocate_peft(model, dict.fromkeys(adaptable_modules(model), 1.0))
+    idle = dataclasses.replace(plan, modules=tuple(one for one in plan.modules if one.kind == "frozen"))
+    with pytest.raises(ValueError, match="the plan adapts no module; raise peft_application_ratio"):
+        attach_peft(model, idle, batch())
+
+
+def test_going_on_from_a_folder_is_probed_and_a_failure_leaves_the_model_plain(tmp_path: Path):
+    model = Unread()
+    torch.manual_seed(0)
+    attach_peft(model, uniform_peft(model, "ia3"), None)
+    save_peft(model, tmp_path / "out")
+    again, plain = Unread(), Unread()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of other weights: `spare` is drawn anew
+        with pytest.raises(ValueError, match=r"spare\.ia3_l; leave"):
+            load_peft(again, tmp_path / "out", probe=batch())
+    assert again.state_dict().keys() == plain.state_dict().keys()

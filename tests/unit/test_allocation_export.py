@@ -28,7 +28,11 @@ def called_by_mamba(model: nn.Module):
 )
 def test_peft_loads_it_with_equal_logits(make: Callable[[], nn.Module], plan: Callable, tmp_path: Path):
     model = adapted(make, plan)
+    model.config.name_or_path = "some/model"
     assert export_peft(model, tmp_path) == [tmp_path / "lora", tmp_path / "ia3"]
+    for kind in ("lora", "ia3"):
+        config = json.loads((tmp_path / kind / "adapter_config.json").read_text())
+        assert (config["base_model_name_or_path"], config["inference_mode"]) == ("some/model", True)
     plain = PeftModel.from_pretrained(make(), tmp_path / "lora").merge_and_unload()
     both = PeftModel.from_pretrained(plain, tmp_path / "ia3")
     torch.testing.assert_close(logits(both), logits(model), atol=1e-6, rtol=1e-5)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import Trainer, TrainingArguments
@@ -18,8 +19,9 @@ from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 from monkeyjump.allocation.parametrization import put_ia3, put_lora
 from monkeyjump.mamba.channel_importance import channel_importance
 from monkeyjump.mamba.channels import channel_groups, section_of, state_groups
+from monkeyjump.mamba.masks import MaskConfig, attach_masks
 from monkeyjump.mamba.order import ChannelOrder, OrderUpdate, fold, inverse
-from monkeyjump.mamba.order.statistics import Moments, collect_moments
+from monkeyjump.mamba.order.statistics import Moments, collect_moments, unit_correlation
 from monkeyjump.mamba.order.tour import nearest_neighbor_tour, path_cost, two_opt
 from tiny import left_padded, tokens
 from tiny_mamba import MODELS, batches, mamba, mamba2, plain_llama
@@ -102,7 +104,8 @@ def adamw_steps(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, 
 
 
 @pytest.mark.parametrize("name", ["mamba", "mamba2", "llama"])
-def test_training_goes_on_as_if_nothing_had_been_folded(name: str) -> None:
+def test_training_goes_on_as_if_nothing_had_been_folded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MambaRMSNormGated, "forward", gated_norm_in_float64)
     plain, folded = (MODELS[name]().double() for _ in range(2))
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4) for model in (plain, folded)]
     for model, optimizer in zip((plain, folded), optimizers):
@@ -373,3 +376,159 @@ def test_a_stock_trainer_folds_every_so_many_steps(tmp_path: Path) -> None:
     assert all(torch.equal(resumed.order.orders[name], order.orders[name]) for name in order.orders)
     with pytest.raises(ValueError, match="scan_update_frequency=0 must be at least 1"):
         OrderUpdate(order, [], every=0)
+
+
+# ---- one number at a time
+
+
+@pytest.mark.parametrize("make", [mamba, mamba2])
+def test_biases_of_projections_move_along(make: Any) -> None:
+    """Models with `use_bias`, and without the convolution's."""
+    for changes in ({"use_bias": True}, {"use_conv_bias": False}):
+        model = make(**changes)
+        before = logits(model)
+        fold(model, random_orders(model))
+        torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
+
+
+def reader_input(model: nn.Module, group: Any, batch: dict[str, Tensor]) -> np.ndarray:
+    """What out_proj of a block reads, `[tokens, D]`."""
+    seen: list[Tensor] = []
+    hook = group.block.get_submodule(group.reader).register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    logits(model, batch["input_ids"])
+    hook.remove()
+    return seen[0].flatten(0, 1).double().numpy()
+
+
+@pytest.mark.parametrize("make", [mamba, mamba2])
+def test_the_reported_cost_is_that_of_the_neighbors_correlations(make: Any) -> None:
+    """Correlations by numpy; those of heads are means over the pairs of their channels."""
+    batch, after = batches(1, 40)[0], []
+    for sweeps in (0, 4):
+        model = make()
+        groups, order = channel_groups(model), ChannelOrder("correlation", two_opt_sweeps=sweeps)
+        before = {name: reader_input(model, group, batch) for name, group in groups.items()}
+        order.update(model, [batch])
+        for block in order.blocks:
+            group, found = groups[block.block], []
+            for rows in (before[block.block], reader_input(model, group, batch)):
+                rho = np.abs(np.corrcoef(rows.T)).reshape(group.units, group.width, group.units, group.width)
+                found.append(sum(1 - rho.mean((1, 3))[i, i + 1] for i in range(group.units - 1)))
+            assert (block.cost_before, block.cost_after) == pytest.approx(found, rel=1e-3)
+            assert torch.equal(section_of(group)[order.orders[block.block]], section_of(group))
+        after.append(sum(block.cost_after for block in order.blocks))
+    assert after[1] < after[0] or make is mamba2  # four heads of a group are too few for 2-opt to shorten
+
+
+def test_correlation_of_units_is_the_mean_over_pairs_of_channels() -> None:
+    rho = torch.tensor([[1.0, 0.2, 0.4, 0.6], [0.2, 1.0, 0.0, 0.8], [0.4, 0.0, 1.0, 0.5], [0.6, 0.8, 0.5, 1.0]])
+    torch.testing.assert_close(unit_correlation(rho, 2), torch.tensor([[1.0, 0.45], [0.45, 1.0]]))
+
+
+def test_a_small_spread_around_a_large_mean_is_no_constant() -> None:
+    rows = torch.randn(200, 3, generator=torch.Generator().manual_seed(0)).double()
+    rows[:, 1] = 1000 - rows[:, 0]
+    moments = Moments(3, torch.device("cpu"))
+    moments.update(rows)
+    assert moments.absolute_correlation()[0, 1].item() == pytest.approx(1, abs=1e-6)
+
+
+def test_tours_by_hand() -> None:
+    star = np.full((4, 4), 1.0) - np.eye(4)
+    star[2] = star[:, 2] = [0.5, 0.3, 0.0, 0.4]  # 2 is close to all others
+    assert nearest_neighbor_tour(star).tolist() == [2, 1, 0, 3]
+    assert path_cost(np.array([2, 1, 0, 3]), star) == pytest.approx(0.3 + 1 + 1)
+    cloud = np.random.default_rng(0).random((40, 40))
+    cloud = cloud + cloud.T
+    lengths = [path_cost(two_opt(np.arange(40), cloud, sweeps), cloud) for sweeps in (1, 2, 10)]
+    assert lengths[0] > lengths[1] > lengths[2]
+
+
+def test_measurements_see_the_model_as_in_evaluation_and_leave_it_as_it_was() -> None:
+    model = mamba().train()
+    model.backbone.layers[1].eval()
+    attach_masks(model, MaskConfig(initial_logit=0.0))  # in training mode half of the channels would be off
+    groups, modes = channel_groups(model), [module.training for module in model.modules()]
+    found = collect_moments(model, batches(1), groups), channel_importance(model, batches(1), groups)
+    assert modes == [module.training for module in model.modules()]
+    assert not any(group.block.out_proj._forward_pre_hooks for group in groups.values())
+    model.eval()
+    expected = collect_moments(model, batches(1), groups), channel_importance(model, batches(1), groups)
+    for name in groups:
+        assert torch.equal(found[0][name].second, expected[0][name].second)
+        assert torch.equal(found[1][name], expected[1][name])
+
+
+def test_importance_adds_up_absolute_values_of_batches_whatever_the_callers_mode() -> None:
+    model = mamba()
+    groups, data = channel_groups(model), batches(3)
+    each = [channel_importance(model, [batch], groups) for batch in data]
+    with torch.no_grad():
+        together = channel_importance(model, data, groups)
+    for name in groups:
+        torch.testing.assert_close(together[name], sum(one[name] for one in each))
+        assert (each[0][name] >= 0).all()
+
+
+@pytest.mark.parametrize("kind", ["peft", "allocated"])
+def test_importance_of_adapted_channels_is_that_of_the_merged_weights(kind: str) -> None:
+    torch.manual_seed(3)
+    if kind == "peft":
+        model: Any = get_peft_model(plain_llama(), LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False))
+    else:
+        model = mamba()
+        conv = model.backbone.layers[0].mixer.conv1d
+        put_lora(conv, rank=2, scale=1.0)
+        nn.init.normal_(conv.parametrizations.weight[0].lora_B)
+    found = channel_importance(model, batches(1), channel_groups(model))
+    if kind == "peft":
+        model = model.merge_and_unload()
+    else:
+        parametrize.remove_parametrizations(conv, "weight")
+    expected = channel_importance(model, batches(1), channel_groups(model))
+    for one, other in zip(found.values(), expected.values()):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (LoraConfig(lora_bias=True), "lora_bias=True on .*up_proj is not moved with the channels"),
+        (LoraConfig(use_dora=True), "up_proj carries Linear, which does not follow"),
+        (LoHaConfig(), "up_proj carries Linear, which does not follow an order of the channels: merge or unload"),
+    ],
+)
+def test_adapters_that_would_stay_behind_are_refused(config: Any, text: str) -> None:
+    config.target_modules = ["up_proj"]
+    model = get_peft_model(plain_llama(mlp_bias=True), config)
+    orders = {name: torch.arange(group.units).flip(0) for name, group in channel_groups(model).items()}
+    with pytest.raises(ValueError, match=text):
+        fold(model, orders)
+
+
+def test_weights_of_whole_numbers_are_refused() -> None:
+    model = mamba()
+    whole = (10 * model.backbone.layers[0].mixer.dt_proj.weight.detach()).to(torch.int8)
+    model.backbone.layers[0].mixer.dt_proj.weight = nn.Parameter(whole, requires_grad=False)
+    with pytest.raises(ValueError, match=r"dt_proj.weight is a Tensor of torch.int8: .* unquantized model"):
+        fold(model, random_orders(mamba()))
+
+
+def test_methods_seeds_and_settings_are_kept(tmp_path: Path) -> None:
+    model = MODELS["jamba"]()
+    identity = ChannelOrder("identity")
+    identity.update(model)
+    assert all(torch.equal(order, torch.arange(len(order))) for order in identity.orders.values())
+    mixers = ChannelOrder("random", seed=1, two_opt_sweeps=3, mlps=False)
+    mixers.update(model)
+    assert list(mixers.orders) == ["model.layers.0.mamba"]
+    other = random_orders(MODELS["jamba"](), seed=2)["model.layers.0.mamba"]
+    assert not torch.equal(mixers.orders["model.layers.0.mamba"], other)
+    mixers.save(tmp_path)
+    loaded = ChannelOrder.load(tmp_path)
+    for name in ("method", "seed", "two_opt_sweeps", "mlps", "updates", "seconds"):
+        assert getattr(loaded, name) == getattr(mixers, name), name
+    OrderUpdate(mixers, []).on_save(
+        SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(is_world_process_zero=False, global_step=7), None
+    )
+    assert not (tmp_path / "checkpoint-7").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,15 +16,16 @@ from transformers import Trainer, TrainingArguments
 
 from monkeyjump.allocation.parametrization import put_lora
 from monkeyjump.mamba.channel_importance import channel_importance
-from monkeyjump.mamba.channels import channel_groups
+from monkeyjump.mamba.channels import channel_groups, state_groups
 from monkeyjump.mamba.masks import MaskConfig, MaskUpdate, attach_masks
 from monkeyjump.mamba.masks.gates import logistic_noise, open_probability, relaxed_gate
 from monkeyjump.mamba.order import ChannelOrder
 from monkeyjump.mamba.selection import select_kept
 from tiny import tokens
-from tiny_mamba import MODELS, batches, mamba, mamba2, plain_llama
+from tiny_mamba import MODELS, batches, jamba, mamba, mamba2, plain_llama
 
 DRAWS = 200_000
+ZERO_DRAWN = 12  # a seed whose first 2**20 uniform numbers hold a 0
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -372,6 +374,12 @@ def test_training_reaches_the_budget() -> None:
         ({"sparsity_weight": float("nan")}, "sparsity_weight=nan must be 0 or a positive number"),
         ({"kind": "element", "states": True}, "states and block belong to kind='channel'"),
         ({"block": 0}, "block=0 must be at least 1"),
+        ({"target_sparsity": -0.1}, "target_sparsity=-0.1 must be at least 0 and below 1"),
+        ({"final_tau": 0.0}, "final_tau=0.0 must be above 0"),
+        ({"fix_after": 1.1}, "fix_after=1.1 must be ascending shares of training"),
+        ({"sparsity_weight": -1.0}, "sparsity_weight=-1.0 must be 0 or a positive number"),
+        ({"sparsity_weight": float("inf")}, "sparsity_weight=inf must be 0 or a positive number"),
+        ({"kind": "element", "block": 2}, "states and block belong to kind='channel'"),
     ],
 )
 def test_settings_out_of_range_are_named(settings: dict[str, Any], text: str) -> None:
@@ -397,3 +405,194 @@ def test_a_gate_that_would_not_close_is_refused() -> None:
     parametrize.register_parametrization(model.backbone.layers[0].mixer.conv1d, "weight", Shifted())
     with pytest.raises(ValueError, match="Shifted lies over a gate"):
         masks.remove()
+
+
+# ---- one number at a time
+
+
+@pytest.mark.parametrize("relaxation", ["logistic", "hard_concrete"])
+def test_gates_and_expected_sparsity_follow_the_temperature_of_the_step(relaxation: str) -> None:
+    model = mamba().train()
+    masks = attach_masks(model, MaskConfig(relaxation=relaxation, initial_logit=0.8, fix_after=1.0))
+    for step in (0, 60):
+        masks.advance(step, 100)
+        tau = 0.5 * (0.1 / 0.5) ** (step / 99)
+        for gate in masks.gates.values():
+            assert gate.logits.eq(0.8).all()
+            soft = torch.sigmoid((0.8 + gate.noise) / tau)
+            expected = soft if relaxation == "logistic" else (1.2 * soft - 0.1).clamp(0, 1)
+            torch.testing.assert_close(gate(), expected)
+        shift = 0.0 if relaxation == "logistic" else tau * torch.tensor(0.1 / 1.1).log().item()
+        open_share = torch.sigmoid(torch.tensor(0.8 - shift)).item()
+        assert masks.expected_sparsity().item() == pytest.approx(1 - open_share)
+    first, second = masks.gates.values()
+    assert not torch.equal(first.noise, second.noise)
+    masks.advance(99, 100)
+    assert (masks.temperature, masks.target) == pytest.approx((0.1, 0.3))
+
+
+def test_noise_is_finite_where_the_uniform_draw_is_zero() -> None:
+    uniform = torch.rand(1 << 20, generator=torch.Generator().manual_seed(ZERO_DRAWN))
+    assert (uniform == 0).any()
+    noise = logistic_noise((1 << 20,), torch.Generator().manual_seed(ZERO_DRAWN))
+    assert noise.isfinite().all()
+
+
+def test_the_expected_sparsity_is_a_mean_over_gates_not_over_blocks() -> None:
+    masks = attach_masks(jamba(), MaskConfig(target_sparsity=0.5, sparsity_weight=2.0))
+    sizes = [gate.logits.numel() for gate in masks.gates.values()]
+    assert len(set(sizes)) > 1
+    for number, gate in enumerate(masks.gates.values()):
+        gate.logits.data.fill_(30.0 if number else -30.0)
+    closed = sizes[0] / sum(sizes)
+    assert masks.expected_sparsity().item() == pytest.approx(closed)
+    assert masks.penalty().item() == pytest.approx(2 * closed)  # the target is 0 at the first step
+    masks.target = 0.5 * closed
+    assert masks.penalty().item() == pytest.approx(closed)  # too many closed costs as much as too few
+    assert list(masks.sparsity_by_gate().values()) == [1.0] + [0.0] * (len(sizes) - 1)
+
+
+def test_what_an_optimizer_gets() -> None:
+    model = mamba()
+    model.backbone.embeddings.requires_grad_(False)
+    masks = attach_masks(model, MaskConfig())
+    others, gates = masks.parameter_groups(model, gate_lr=0.25)
+    assert gates == {"params": [gate.logits for gate in masks.gates.values()], "lr": 0.25, "weight_decay": 0.0}
+    found = {id(parameter) for parameter in others["params"]}
+    wanted = {n: p for n, p in model.named_parameters() if "logits" not in n and "embeddings" not in n}
+    assert found == {id(parameter) for parameter in wanted.values()}
+    assert others.keys() == {"params"}
+
+
+@pytest.mark.parametrize("kind", ["channel", "element"])
+def test_in_bfloat16(kind: str) -> None:
+    model = mamba().bfloat16().train()
+    masks = attach_masks(model, MaskConfig(kind=kind))
+    conv = model.backbone.layers[0].mixer.conv1d
+    assert conv.weight.dtype == torch.bfloat16
+    assert all(gate.logits.dtype == torch.float32 for gate in masks.gates.values())
+    model(**batches(1)[0]).loss.backward()
+    assert all(gate.logits.grad.any() for gate in masks.gates.values())
+
+
+def test_a_checkpoint_of_a_masked_model_holds_logits_and_nothing_else_of_the_gates() -> None:
+    model, plain = mamba(), mamba().state_dict().keys()
+    masks = attach_masks(model, MaskConfig())
+    added = {name for name in model.state_dict() if name.replace("parametrizations.", "") not in plain}
+    parts = {f"conv1d.parametrizations.{name}.original" for name in ("weight", "bias")} | {"channel_gate.logits"}
+    assert added == {f"backbone.layers.{layer}.mixer.{part}" for layer in (0, 1) for part in parts}
+    masks.remove()
+    assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("kind", ["channel", "element"])
+def test_what_is_baked_in_training_mode_is_the_weight_or_zero(kind: str) -> None:
+    model, plain = mamba().train(), mamba().state_dict()
+    attach_masks(model, MaskConfig(kind=kind, target_sparsity=0.4)).remove(bake=True)
+    for name, value in model.state_dict().items():
+        assert bool(((value == plain[name]) | (value == 0)).all()), name
+    assert model.training
+
+
+def test_a_choice_by_hand_is_that_of_the_target_in_whole_blocks_of_neighbors() -> None:
+    masks = attach_masks(mamba(), MaskConfig(target_sparsity=0.5, block=8))
+    for number, gate in enumerate(masks.gates.values()):
+        gate.logits.data = torch.randn(32, generator=torch.Generator().manual_seed(number))
+    kept = masks.kept()
+    assert sum(len(units) for units in kept.values()) == 32
+    for units in kept.values():
+        assert (units.view(-1, 8).diff(dim=1) == 1).all()
+    masks.fix()  # at a step whose target is still 0
+    assert masks.fixed
+    assert all(torch.equal(masks.gates[name].kept.nonzero().flatten(), units) for name, units in kept.items())
+
+
+def test_mlps_are_left_alone_where_asked() -> None:
+    assert set(attach_masks(jamba(), MaskConfig(mlps=False)).gates) == {"model.layers.0.mamba"}
+
+
+def test_evaluation_follows_the_logits_and_the_target() -> None:
+    model = mamba()
+    masks = attach_masks(model, MaskConfig(target_sparsity=0.5))
+    gate = masks.gates["backbone.layers.0.mixer"]
+    logits(model)
+    assert gate.kept.all()
+    masks.target = 0.25
+    gate.logits.data[:16] -= 1
+    logits(model)
+    assert gate.kept.tolist() == [False] * 16 + [True] * 16
+    masks.target = 0.125
+    logits(model)
+    assert gate.kept.sum() == 24
+    with torch.no_grad():
+        gate.logits.copy_(gate.logits.flip(0))
+    logits(model)
+    assert gate.kept[:16].all()
+
+
+# ---- which units
+
+
+def test_small_bundles_fill_what_large_ones_leave() -> None:
+    """Blocks of 8 channels, single states: 18 of the best of each block, then 16, and 2 states."""
+    model = mamba()
+    groups = {**channel_groups(model), **state_groups(model)}
+    scores = {name: torch.full((group.units,), float(group.kind == "channel")) for name, group in groups.items()}
+    kept = select_kept(groups, scores, 0.5, block=8)
+    assert sum(len(units) for units in kept.values()) == 36
+    assert [len(units) for name, units in kept.items() if name.endswith(":states")] in ([3, 1], [2, 2])
+
+
+def test_of_each_group_of_heads_its_own_best_stay_and_their_mean_decides_between_blocks() -> None:
+    groups = channel_groups(mamba2())
+    first, second = groups
+    up, down = torch.arange(4.0), torch.arange(4.0).flip(0)
+    scores = {first: torch.cat([10 * up, down]), second: torch.cat([down, 6 * up])}
+    kept = select_kept(groups, scores, 0.25)  # pairs of 16.5, 11, 5.5, 0 and of 10.5, 7, 3.5, 0: six of them
+    assert [units.tolist() for units in kept.values()] == [[1, 2, 3, 4, 5, 6], [0, 1, 2, 5, 6, 7]]
+    kept = select_kept(groups, scores, 0.5)
+    assert [units.tolist() for units in kept.values()] == [[2, 3, 4, 5], [0, 1, 6, 7]]
+    scores[second] = torch.cat([down, 12 * up])  # pairs of 19.5, 13, 6.5, 0
+    scores[first] = torch.cat([10 * up, 0 * down])  # of 15, 10, 5, 0
+    kept = select_kept(groups, scores, 0.375)
+    assert [units.tolist() for units in kept.values()] == [[2, 3, 4, 5], [0, 1, 2, 5, 6, 7]]
+
+
+# ---- the callback by itself
+
+
+def test_the_callback_adds_to_what_there_is_and_passes_over_frozen_gates() -> None:
+    model = mamba().train()
+    masks = attach_masks(model, MaskConfig(sparsity_weight=3.0))
+    first, second = masks.gates.values()
+    second.logits.requires_grad_(False)
+    (expected,) = torch.autograd.grad(masks.penalty(), first.logits)
+    assert expected.any()
+    callback = MaskUpdate(masks)
+    with torch.no_grad():
+        for times in (1, 2):
+            callback.on_pre_optimizer_step(None, None, None)
+            torch.testing.assert_close(first.logits.grad, times * expected)
+    assert second.logits.grad is None
+
+
+def test_the_callback_logs_beside_the_loss_only() -> None:
+    masks = attach_masks(mamba(), MaskConfig(sparsity_weight=3.0, initial_logit=0.0))
+    masks.target = 0.25
+    state = SimpleNamespace(log_history=[{"loss": 1.0}])
+    logs = {"loss": 1.0}
+    MaskUpdate(masks).on_log(None, state, None, logs)
+    assert logs == state.log_history[-1]
+    found = {"loss": 1.0, "regularizer": 0.75, "sparsity": 0.5, "target_sparsity": 0.25, "masking_tau": 0.5}
+    assert logs == pytest.approx(found)
+    state.log_history.append({"train_runtime": 1.0})
+    MaskUpdate(masks).on_log(None, state, None, {"train_runtime": 1.0})
+    assert state.log_history[-1] == {"train_runtime": 1.0}
+
+
+def test_half_precision_without_clipping_is_refused() -> None:
+    callback = MaskUpdate(attach_masks(mamba(), MaskConfig()))
+    with pytest.raises(ValueError, match=r"max_grad_norm=0.0 with fp16 .* set max_grad_norm, or use bf16"):
+        callback.on_train_begin(SimpleNamespace(fp16=True, max_grad_norm=0.0), None, None)
+    for fine in (SimpleNamespace(fp16=True, max_grad_norm=1.0), SimpleNamespace(fp16=False, max_grad_norm=0.0)):
+        callback.on_train_begin(fine, None, None)

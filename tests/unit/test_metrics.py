@@ -59,6 +59,20 @@ def test_every_named_metric_is_there_and_scores_gold_as_one():
         ("rouge1", "the cat was found under the bed", ["the cat was under the bed"], 2 * 1 * (6 / 7) / (1 + 6 / 7)),
         ("rouge2", "the cat was found under the bed", ["the cat was under the bed"], 2 * 0.8 * (4 / 6) / (0.8 + 4 / 6)),
         ("rougeL", "police kill the gunman", ["police killed the gunman"], 1.0),  # stemmed
+        ("rougeL", "the gunman kill police", ["police killed the gunman"], 0.5),  # Lin 2004: the same words, turned
+        ("rouge1", "the gunman kill police", ["police killed the gunman"], 1.0),
+        ("rouge2", "the gunman kill police", ["police killed the gunman"], 1 / 3),
+        ("rougeL", "a dog", ["cats", "a dog"], 1.0),
+        ("accuracy", "b", ["a", "b"], 1.0),
+        ("f1", "dog", ["cat", "dog"], 1.0),
+        ("f1", "dog dog", ["dog dog cat"], 2 * 2 / 5),  # as often as it is there
+        ("f1", "the", ["a"], 1.0),  # nothing but articles on both sides
+        ("f1", "the", ["dog"], 0.0),
+        ("exact_match", "A.B.", ["ab"], 1.0),  # punctuation goes before articles
+        ("relaxed_accuracy", "105.2", ["100"], 0.0),  # 5 % of the right number
+        ("relaxed_accuracy", "1,200", ["3", "1200"], 1.0),
+        ("relaxed_accuracy", "0.0", ["0"], 0.0),  # of 0 there is no share: equal text or nothing
+        ("vqa_accuracy", "A dog.", ["the dog"], 1.0),  # a condensed set: one answer is enough
     ],
 )
 def test_one_row(name: str, answer: str, right: list[str], expected: float):
@@ -96,6 +110,9 @@ def test_answers_that_are_no_numbers_are_counted_and_do_not_help():
     assert found.unread == 1
     assert found.value < 1
     assert score("spearman", ["?"] * 4, accepted).value == 0
+    mean = score("pearson", answers, accepted).value
+    assert mean == pytest.approx(stats.pearsonr([1, 2, 3, 2], [1, 0, 3, 2]).statistic)
+    assert score("matthews", ["yes"] * 4, [["yes"], ["no"], ["no"], ["yes"]]).value == 0
 
 
 def test_a_share_has_wilsons_interval_and_every_row():
@@ -103,6 +120,16 @@ def test_a_share_has_wilsons_interval_and_every_row():
     assert (round(found.low, 4), round(found.high, 4)) == (0.2553, 0.3662)  # Newcombe 1998, table I
     assert found.standard_error == pytest.approx(math.sqrt(found.value * (1 - found.value) / 262))
     assert sum(found.rows) == 81
+
+
+def test_another_mean_has_the_normal_interval_within_its_range():
+    rows = [0.2, 0.5, 0.5, 0.9]
+    found, error = mean_score(rows), np.std(rows, ddof=1) / 2
+    assert (found.value, found.standard_error) == pytest.approx((0.525, error))
+    assert (found.low, found.high) == pytest.approx((0.525 - 1.959964 * error, 0.525 + 1.959964 * error))
+    edge = mean_score([1.0, 1.0, 0.9])
+    assert edge.low < edge.value < edge.high == 1.0
+    assert mean_score([0.0, 0.0, 0.1]).low == 0.0
 
 
 @pytest.mark.parametrize("name", ["f1", "matthews"])

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -238,3 +239,60 @@ def test_a_model_without_mamba_is_refused() -> None:
     with pytest.raises(ValueError, match=f"LlamaForCausalLM has no module of a class that can be patched: {known}"):
         patch_mamba(llama())
     assert len(SCANNING) == 3
+
+
+# ---------------------------------------------------------------------- one number at a time
+
+
+def test_the_steps_of_mamba2_stay_within_their_limits() -> None:
+    """Limits that cut on both sides, so that some steps have no gradient."""
+    model, batch = drawn("mamba2"), left_padded_batch()
+    steps = []
+    hook = model.backbone.layers[0].mixer.in_proj.register_forward_hook(
+        lambda _, given, out: steps.append(out[..., -4:])
+    )
+    stock = outcome(model, batch)
+    hook.remove()
+    seen = nn.functional.softplus(steps[0] + model.backbone.layers[0].mixer.dt_bias)
+    low, high = (seen.detach().quantile(share).item() for share in (0.3, 0.7))
+    model = drawn("mamba2", time_step_limit=(low, high))
+    limited = outcome(model, batch)
+    assert (limited[0] - stock[0]).abs().max() > 1e-4
+    with patched_mamba(model):
+        assert_same_outcome(outcome(model, batch), limited)
+
+
+@every
+def test_rates_of_decay_are_exponentiated_in_float32(kind: str) -> None:
+    model, batch = drawn(kind), left_padded_batch()
+    for block in model.backbone.layers:
+        block.mixer.A_log.data = block.mixer.A_log.data.bfloat16()
+    with torch.no_grad():
+        stock = model(**batch).logits
+        with patched_mamba(model):
+            assert_near(model(**batch).logits, stock)
+
+
+@every
+@pytest.mark.parametrize("bias", [False, True])
+def test_without_the_convolutions_bias_and_with_the_projections(kind: str, bias: bool) -> None:
+    model, batch = drawn(kind, use_conv_bias=not bias, use_bias=bias), left_padded_batch()
+    stock = outcome(model, batch)
+    with patched_mamba(model):
+        assert_same_outcome(outcome(model, batch), stock)
+
+
+@every
+@pytest.mark.parametrize("patched_first", [True, False])
+def test_offloaded_by_accelerate(kind: str, patched_first: bool) -> None:
+    """Weights are on the meta device between calls; two parts are the whole, which the stock mixer cannot do."""
+    ids, expected = tokens(2, 30), patch_mamba(drawn(kind))
+    model = drawn(kind)
+    for step in (patch_mamba, lambda one: cpu_offload(one, "cpu"))[:: 1 if patched_first else -1]:
+        step(model)
+    assert model.backbone.layers[0].mixer.conv1d.weight.is_meta
+    with torch.no_grad():
+        first = model(ids[:, :17], use_cache=True)
+        second = model(ids[:, 17:], cache_params=first.cache_params, use_cache=True)
+        whole = expected(ids).logits
+    torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole, rtol=1e-5, atol=1e-5)

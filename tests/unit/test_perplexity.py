@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections import Counter
@@ -14,7 +15,7 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM
 
 from monkeyjump.cli import app
-from monkeyjump.mamba.perplexity import perplexity, unigram_perplexity
+from monkeyjump.mamba.perplexity import Perplexity, perplexity, unigram_perplexity
 from monkeyjump.mamba.pretraining.tokenizer import train_tokenizer
 from monkeyjump.tasks import InputError
 from tiny import llama
@@ -101,7 +102,40 @@ def test_the_unigram(tokenizer):
     array = np.array([counts[i] for i in range(270)])
     found = unigram_perplexity(array, tokenizer, [TEXT])
     assert found.nll == pytest.approx(-expected)
-    assert (found.tokens, found.bytes) == (len(ids), len(TEXT.encode()))
+    assert (found.tokens, found.bytes, found.words) == (len(ids), len(TEXT.encode()), len(TEXT.split()))
+
+
+def test_dropout_is_off_and_half_precision_is_summed_in_float32(tokenizer):
+    torch.manual_seed(0)
+    model = llama(vocab_size=270, max_position_embeddings=512, attention_dropout=0.5).train()
+    found = perplexity(model, tokenizer, TEXT, 16, 8)
+    assert found.nll == pytest.approx(reference(model.eval(), tokenizer, TEXT, 16, 8), rel=1e-5)
+    half = perplexity(model.bfloat16(), tokenizer, TEXT, 200, 100)
+    ids = [tokenizer.bos_token_id, *tokenizer(TEXT)["input_ids"]]
+    logs = model(torch.tensor([ids[:-1]])).logits[0].double().log_softmax(-1)
+    expected = -logs.gather(1, torch.tensor(ids[1:])[:, None]).sum().item()
+    assert half.nll == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_a_first_token_the_first_of_the_text_is_not_scored(model, tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.bos_token = None
+    ids = tokenizer(TEXT)["input_ids"]
+    found = perplexity(model, bare, TEXT, 400, 400)
+    loss = model(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item()
+    assert (found.tokens, found.per_token) == (len(ids) - 1, pytest.approx(math.exp(loss), rel=1e-5))
+
+
+def test_sums_add_up_and_are_recorded():
+    both = Perplexity(10.0, 4, 20, 3) + Perplexity(6.0, 4, 12, 5)
+    assert both == Perplexity(16.0, 8, 32, 8)
+    assert both.record() == pytest.approx(
+        {
+            "perplexity": math.exp(2), "perplexity_per_byte": math.exp(0.5), "perplexity_per_word": math.exp(2),
+            "bits_per_byte": 0.5 / math.log(2), "loss": 2.0, "tokens": 8, "bytes": 32,
+        }
+    )  # fmt: skip
+    assert Perplexity(1e6, 8, 32, 1).per_word == pytest.approx(math.exp(700))  # one long word
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
 from mambapy.pscan import pscan
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from monkeyjump.mamba import selective_scan
-from monkeyjump.mamba.scan import choice
+from monkeyjump.mamba.scan import choice, cuda
+from monkeyjump.native import scan as compiled
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 native = pytest.param(
@@ -88,16 +94,57 @@ def test_a_long_sequence(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", FAST)
 def test_strides_do_not_matter(backend: str) -> None:
-    """Channels last, as the projections of a model leave them, and slices of something wider."""
+    """Channels last, as the projections of a model leave them, slices of something wider, the batch innermost."""
     tensors = inputs(2, 37, 21, 6)
     exact = leaves(tensors, torch.float64)
     sliced = [t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() > 1 else t for t in tensors]
     sliced[0] = torch.stack([tensors[0], tensors[0]], 3)[..., 1]
+    sliced[1] = tensors[1].permute(1, 2, 0).contiguous().permute(2, 0, 1)
     sliced[3] = torch.cat([tensors[3], tensors[3]], 1)[:, 6:]
     mine = [t.detach().requires_grad_() for t in sliced]
     assert not mine[0].is_contiguous()
     found, expected = outcome(scan(backend, mine), mine), outcome(loop(*exact), exact)
     assert_near(found, expected)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("asked", [0, 1], ids=["y", "last"])
+def test_gradients_of_one_output_alone(backend: str, asked: int) -> None:
+    """None comes for the other one; `sum` gives a gradient whose strides are 0. D, first and A have strides too."""
+    tensors = inputs(2, 37, 21, 6)
+    for place in (2, 5, 8):
+        tensors[place] = torch.stack([tensors[place]] * 2, -1)[..., 1]
+    mine, exact = leaves(tensors), leaves(tensors, torch.float64)
+    pair = [(scan(backend, mine), mine), (loop(*exact), exact)]
+    found, expected = (torch.autograd.grad(out[asked].sum(), given, materialize_grads=True) for out, given in pair)
+    for name, f, e in zip(NAMES, found, expected):
+        torch.testing.assert_close(f.double(), e, rtol=0, atol=1e-5 * max(1.0, float(e.abs().max())), msg=name)
+
+
+class Checkpoints(TorchDispatchMode):
+    """How many numbers each scan keeps for a backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.monkeyjump.selective_scan.default:
+            self.kept.append(out[2].numel())
+        return out
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_states_are_kept_only_for_a_backward_pass(backend: str) -> None:
+    plain = inputs(2, 20, 33, 4)
+    with Checkpoints() as seen:
+        scan(backend, plain)
+        with torch.no_grad():
+            scan(backend, leaves(plain))
+        scan(backend, leaves(plain))
+    inference, frozen, training = seen.kept
+    assert inference == frozen == 0 < training
 
 
 def test_against_mambapy() -> None:
@@ -139,6 +186,7 @@ def test_half_precision_keeps_a_state_in_float32(backend: str, dtype: torch.dtyp
     assert (y.dtype, last.dtype) == (dtype, torch.float32)
     found, expected = outcome((y, last), mine), outcome(loop(*exact), exact)
     assert_near([last.detach()], [expected[1]])  # nothing but the inputs was rounded
+    assert (found[0] == expected[0].to(dtype)).float().mean() > 0.99  # and y once, at the end
     for f, e in zip(found[2:], expected[2:]):
         assert f.dtype == dtype
         assert float((f.double() - e).abs().max() / e.abs().max()) < 2 * torch.finfo(dtype).eps
@@ -185,6 +233,24 @@ def test_decays_beyond_float32(backend: str) -> None:
     assert_near(list(scan(backend, tensors)), list(loop(*exact)))
 
 
+@pytest.mark.parametrize("backend", [native])
+def test_growth_beyond_float32_counts_as_its_largest_power(backend: str) -> None:
+    one, tiny = torch.ones(1, 1, 1), torch.full((1, 1, 1), 1e-30)
+    found = selective_scan(0 * one, 200 * one, torch.ones(1, 1), one, one, backend=backend, initial_state=tiny)
+    assert found.item() == pytest.approx(2**127 * 1e-30)
+
+
+@pytest.mark.parametrize("backend", [native])
+def test_states_up_to_the_limit_of_the_compiled_scan(backend: str) -> None:
+    tensors = inputs(1, 17, 18, 256)
+    mine, exact = leaves(tensors), leaves(tensors, torch.float64)
+    assert_near(outcome(scan(backend, mine), mine), outcome(loop(*exact), exact))
+    beyond = inputs(1, 2, 3, 257)
+    with pytest.raises(ValueError, match='"native" takes at most 256 states; A has 257: choose "chunked"'):
+        scan(backend, beyond)
+    assert_near(list(scan("auto", beyond)), list(loop(*(t.double() for t in beyond))))
+
+
 @pytest.mark.parametrize("backend", FAST)
 def test_compile_without_a_break(backend: str) -> None:
     tensors = leaves(inputs(2, 20, 33, 4))
@@ -218,6 +284,11 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     assert all(torch.equal(one, other) for run in runs[1:] for one, other in zip(runs[0], run))
 
 
+def test_threads_are_torchs_where_there_is_work_for_them(threads: int) -> None:
+    assert compiled._threads(torch.empty(1, 64, 64), 16) == threads
+    assert compiled._threads(torch.empty(1, 4, 4), 16) == 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -226,6 +297,13 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         ({"B": torch.zeros(2, 4, 5)}, r"B has the shape \[2, 4, 5\]; with u .* it must have \[2, 4, 6\]"),
         ({"D": torch.zeros(5)}, r"D has the shape \[5\]"),
         ({"u": torch.zeros(2, 6)}, r"u must be \[B, D, L\]"),
+        ({"A": torch.zeros(3)}, r"u must be \[B, D, L\] and A \[D, N\]"),
+        ({"delta": torch.zeros(2, 3, 5)}, r"delta has the shape \[2, 3, 5\]"),
+        ({"A": torch.zeros(4, 4)}, r"A has the shape \[4, 4\]"),
+        ({"C": torch.zeros(1, 4, 6)}, r"C has the shape \[1, 4, 6\]"),
+        ({"z": torch.zeros(2, 3, 1)}, r"z has the shape \[2, 3, 1\]"),
+        ({"delta_bias": torch.zeros(1)}, r"delta_bias has the shape \[1\]"),
+        ({"initial_state": torch.zeros(3, 4)}, r"initial_state has the shape \[3, 4\]"),
         ({"backend": "native", "u": torch.zeros(2, 3, 6, dtype=torch.float64)}, "computes in float32; u is float64"),
     ],
 )
@@ -255,3 +333,44 @@ def test_without_the_compiled_scan_torch_serves_and_says_so(
     assert record.message.startswith("selective_scan: backend chunked, slower: the compiled scan is not there")
     with pytest.raises(RuntimeError, match="install a compiler"):
         scan("native", inputs(1, 3, 6, 4))
+
+
+def test_the_choice_for_a_tensor_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode():
+        u = torch.empty(2, 3, 6, device="cuda")
+    monkeypatch.setattr(cuda, "INSTALLED", False)
+    assert choice.choose("auto", u, 4, continued=False) == "chunked"
+    with pytest.raises(RuntimeError, match="pip install mamba-ssm"):
+        choice.choose("cuda", u, 4, continued=False)
+    with pytest.raises(ValueError, match='backend "native" takes tensors on the CPU; u is on cuda'):
+        choice.choose("native", u, 4, continued=False)
+    monkeypatch.setattr(cuda, "INSTALLED", True)
+    assert choice.choose("auto", u, 4, continued=False) == "cuda"
+    assert choice.choose("auto", u, 4, continued=True) == "chunked"
+    with pytest.raises(ValueError, match='"cuda" takes no initial_state: choose "auto" or "chunked"'):
+        choice.choose("cuda", u, 4, continued=True)
+
+
+def test_mamba_ssm_is_called_as_it_defines_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in with the signature of mamba-ssm 2 that refuses what its kernel refuses, and computes by our loop."""
+
+    def selective_scan_fn(
+        u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
+    ):
+        assert A.dtype == D.dtype == delta_bias.dtype == torch.float32
+        assert u.dtype == delta.dtype == B.dtype == C.dtype == z.dtype
+        y, last = selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, "reference", True)
+        return (y, last) if return_last_state else y
+
+    name = "mamba_ssm.ops.selective_scan_interface"
+    for part in ("mamba_ssm", "mamba_ssm.ops", name):
+        module = ModuleType(part)
+        module.__spec__ = ModuleSpec(part, None)
+        monkeypatch.setitem(sys.modules, part, module)
+    sys.modules[name].selective_scan_fn = selective_scan_fn
+    cuda._kernel.cache_clear()
+    *tensors, _ = inputs(2, 5, 7, 4, torch.bfloat16)
+    found = cuda.scan(*tensors, True)
+    cuda._kernel.cache_clear()
+    for f, e in zip(found, selective_scan(*tensors, True, "reference", True)):
+        torch.testing.assert_close(f, e)

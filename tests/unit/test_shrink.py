@@ -20,7 +20,7 @@ from monkeyjump.mamba.masks import MaskConfig, attach_masks
 from monkeyjump.mamba.order import ChannelOrder
 from monkeyjump.mamba.selection import select_kept
 from monkeyjump.mamba.shrink import load_shrunk, repair, shrink
-from tiny import tokens
+from tiny import left_padded, tokens
 from tiny_mamba import MODELS, batches, mamba, mamba2, plain_llama
 
 PATCHABLE = ("mamba", "mamba2", "falcon_mamba")
@@ -245,6 +245,7 @@ def test_what_cannot_shrink_is_refused_before_anything_has(tmp_path: Path) -> No
     config = json.loads((tmp_path / "small" / "config.json").read_text())
     for widths, text in (
         ({first: 99}, "a block of 32 units"),
+        ({first: 0}, "a block of 32 units"),
         ({"layer": 3}, "none of this model's"),
         (7, "not a wid"),
     ):
@@ -254,3 +255,166 @@ def test_what_cannot_shrink_is_refused_before_anything_has(tmp_path: Path) -> No
             load_shrunk(tmp_path / "small")
     with pytest.raises(ValueError, match="batches is empty"):
         repair(model, mamba(), [])
+    with pytest.raises(ValueError, match=r"ridge=-0.1 must be 0 or more"):
+        repair(model, mamba(), batches(1), ridge=-0.1)
+
+
+# ---- one number at a time
+
+
+@pytest.mark.parametrize("make", [mamba, mamba2])
+def test_biases_of_projections_are_cut_too(make: Any, tmp_path: Path) -> None:
+    for changes in ({"use_conv_bias": False}, {"use_bias": True}):
+        model = make(**changes)
+        masks = attach_masks(model, MaskConfig(target_sparsity=0.4))
+        for seed, gate in enumerate(masks.gates.values()):
+            gate.logits.data = torch.randn(gate.logits.shape, generator=torch.Generator().manual_seed(seed))
+        masks.target = 0.4
+        masked, kept = logits(model), masks.kept()
+        masks.remove()
+        torch.testing.assert_close(logits(shrink(model, kept)), masked, rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_shrunk(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_modules_say_the_shapes_of_their_weights(name: str) -> None:
+    """What adapters are made from."""
+    model = MODELS[name]()
+    shrink(model, random_kept(model, states=name in ("mamba", "mamba2")))
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            assert (module.out_features, module.in_features) == module.weight.shape, path
+        if isinstance(module, nn.Conv1d):
+            assert {module.in_channels, module.out_channels, module.groups} == {len(module.weight)}, path
+    for name, group in channel_groups(model).items():
+        assert group.block.intermediate_size == group.units * group.width, name
+
+
+@pytest.mark.parametrize("make", [mamba, mamba2])
+def test_patched_mixers_read_all_widths_off_the_weights(make: Any) -> None:
+    """Without the numbers that shrinking writes down beside them, and with a narrower projection of the step."""
+    model = patch_mamba(make())
+    shrink(model, random_kept(model, states=True))
+    expected, stock = logits(model), make().backbone.layers[0].mixer
+    for layer in model.backbone.layers:
+        for field in ("intermediate_size", "num_heads", "conv_dim", "time_step_rank", "ssm_state_size"):
+            if hasattr(stock, field) and (make, field) != (mamba2, "ssm_state_size"):
+                setattr(layer.mixer, field, getattr(stock, field))
+    assert torch.equal(logits(model), expected)
+    if make is mamba:
+        with torch.no_grad():
+            for layer in model.backbone.layers:
+                layer.mixer.dt_proj.weight[:, 2] = 0
+        expected = logits(model)
+        for layer in model.backbone.layers:
+            mixer = layer.mixer
+            rows = [row for row in range(len(mixer.x_proj.weight)) if row != 2]
+            mixer.x_proj.weight = nn.Parameter(mixer.x_proj.weight[rows].detach())
+            mixer.dt_proj.weight = nn.Parameter(mixer.dt_proj.weight[:, :2].detach())
+        torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-6)
+
+
+def test_widths_of_one_block_after_the_other_are_kept_and_options_reach_hugging_face(tmp_path: Path) -> None:
+    model = mamba2()
+    for layer, units in ((0, [0, 4]), (1, [1, 2, 5, 6])):
+        shrink(model, {f"backbone.layers.{layer}.mixer": torch.tensor(units)})
+    model.save_pretrained(tmp_path)
+    loaded = load_shrunk(tmp_path, dtype=torch.float64)
+    assert [len(layer.mixer.A_log) for layer in loaded.backbone.layers] == [2, 4]
+    assert loaded.dtype == torch.float64
+    assert not loaded.training
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, text in (
+        ({"monkeyjump_widths": {"backbone.layers.0.mixer": 3}}, "a block of 8 units"),
+        ({"architectures": ["Mamba3ForCausalLM"]}, "architectures='Mamba3ForCausalLM' is not known"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ValueError, match=text):
+            load_shrunk(tmp_path)
+
+
+def test_weights_of_whole_numbers_do_not_shrink() -> None:
+    model = mamba()
+    mixer = model.backbone.layers[0].mixer
+    mixer.dt_proj.weight = nn.Parameter((10 * mixer.dt_proj.weight.detach()).to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"dt_proj.weight is a Tensor of torch.int8: shrink a whole one"):
+        shrink(model, random_kept(mamba()))
+
+
+def read_and_given(model: nn.Module, layer: int, data: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """What out_proj reads and gives over all tokens that are no padding."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    reader = model.backbone.layers[layer].mixer.out_proj
+    hook = reader.register_forward_hook(lambda _, given, out: seen.append((given[0], out)))
+    with torch.no_grad():
+        for batch in data:
+            model(**batch)
+    hook.remove()
+    kept = [batch["attention_mask"].bool() for batch in data]
+    x, y = ([pair[side][mask] for pair, mask in zip(seen, kept)] for side in (0, 1))
+    return torch.cat(x).double(), torch.cat(y).double()
+
+
+def ridge_solution(reader: nn.Linear, x: Tensor, y: Tensor, ridge: float) -> Tensor:
+    """argmin of mean |W x + b - y|^2 + ridge mean(x^2) |W - W0|^2, by least squares on stacked rows."""
+    strength = (ridge * len(x) * x.square().mean()).sqrt()
+    rows = torch.cat([x, strength * torch.eye(x.shape[1]).double()])
+    wanted = torch.cat([y - reader.bias.detach().double(), strength * reader.weight.detach().double().T])
+    return torch.linalg.lstsq(rows, wanted).solution.T
+
+
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_the_repair_minimizes_what_it_says(one_by_one: bool) -> None:
+    """With a bias, padding and two batches; the second block reads what the repaired first one gives, or does not."""
+    dense = mamba(use_bias=True)
+    small = shrink(copy.deepcopy(dense), random_kept(dense))
+    data = [left_padded([tokens(1, 30, seed), tokens(1, 14, seed + 1)]) for seed in (1, 3)]
+    wanted = [read_and_given(dense, layer, data)[1] for layer in (0, 1)]
+    expected, twin = [], copy.deepcopy(small)
+    for layer in (0, 1):
+        reader = twin.backbone.layers[layer].mixer.out_proj
+        x, _ = read_and_given(twin, layer, data)
+        expected.append(ridge_solution(reader, x, wanted[layer], ridge=0.3))
+        if one_by_one:
+            reader.weight.data = expected[-1].float()
+    small.train()
+    repair(small, dense, data, ridge=0.3, one_by_one=one_by_one)
+    for layer, weight in enumerate(expected):
+        reader = small.backbone.layers[layer].mixer.out_proj
+        torch.testing.assert_close(reader.weight.double(), weight, rtol=1e-3, atol=1e-5)
+        assert not reader._forward_pre_hooks
+        assert not dense.backbone.layers[layer].mixer.out_proj._forward_hooks
+    assert small.training
+
+
+def test_padding_is_nothing_to_repair_by() -> None:
+    dense, rows = plain_llama(), [tokens(1, 40, 1), tokens(1, 23, 2)]
+    padded, alone = (shrink(copy.deepcopy(dense), random_kept(dense)) for _ in range(2))
+    repair(padded, dense, [left_padded(rows)], ridge=0.1)
+    repair(alone, dense, [{"input_ids": row} for row in rows], ridge=0.1)
+    for first, second in zip(padded.model.layers, alone.model.layers):
+        torch.testing.assert_close(first.mlp.down_proj.weight, second.mlp.down_proj.weight, rtol=1e-3, atol=1e-4)
+
+
+def test_channels_that_never_fire_keep_their_weight() -> None:
+    dense = mamba()
+    small = shrink(copy.deepcopy(dense), {"backbone.layers.0.mixer": torch.arange(16)})
+    mixer = small.backbone.layers[0].mixer
+    with torch.no_grad():
+        mixer.conv1d.weight[3] = 0
+        mixer.conv1d.bias[3] = 0
+    before = mixer.out_proj.weight.detach().clone()
+    repair(small, dense, batches(), ridge=0)
+    torch.testing.assert_close(mixer.out_proj.weight[:, 3], before[:, 3])
+    assert not torch.equal(mixer.out_proj.weight, before)
+
+
+def test_flops_of_what_the_counter_does_not_see() -> None:
+    found = forward_flops(mamba(), 2, 12)
+    assert found.elementwise == 5 * 64 * 24
+    assert found.total == found.matmul + 2 * 4 * 64 * 24 + 7 * 4 * 64 * 24 + 5 * 64 * 24
+    second = forward_flops(mamba2(), 2, 12)
+    assert (second.convolution, second.elementwise) == (2 * 4 * 2 * (32 + 2 * 2 * 4) * 24, 5 * 64 * 24)
+    linear = sum(module.weight.numel() for module in mamba2().modules() if isinstance(module, nn.Linear))
+    assert second.matmul == 2 * 24 * linear

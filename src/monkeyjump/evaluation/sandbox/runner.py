@@ -121,8 +121,9 @@ def _converse(job: str, seconds: float) -> tuple[bytes, int | None]:
 
 def _listen(pipe: int, until: float) -> bytes:
     """What comes through a pipe until it is closed, time is up, or it is more than any verdict."""
-    said = b""
-    while len(said) <= MOST and select.select([pipe], [], [], max(0.0, until - time.monotonic()))[0]:
+    said, waiting = b"", select.poll()  # select takes no descriptor from 1,024 on
+    waiting.register(pipe, select.POLLIN)
+    while len(said) <= MOST and waiting.poll(1000 * max(0.0, until - time.monotonic())):
         part = os.read(pipe, MOST)
         if not part:
             break
