@@ -226,6 +226,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         ({"B": torch.zeros(2, 4, 5)}, r"B has the shape \[2, 4, 5\]; with u .* it must have \[2, 4, 6\]"),
         ({"D": torch.zeros(5)}, r"D has the shape \[5\]"),
         ({"u": torch.zeros(2, 6)}, r"u must be \[B, D, L\]"),
+        ({"u": torch.zeros(2, 3, 6, dtype=torch.int64)}, "u is int64; a scan needs floating-point numbers"),
         ({"backend": "native", "u": torch.zeros(2, 3, 6, dtype=torch.float64)}, "computes in float32; u is float64"),
     ],
 )
