@@ -80,7 +80,7 @@ def test_a_second_time_nothing_is_done_again(evaluate, monkeypatch: pytest.Monke
     def never(*args, **kwargs):
         raise AssertionError("loaded again")
 
-    monkeypatch.setattr("monkeyjump.evaluation.run.load_adapted", never)
+    monkeypatch.setattr("monkeyjump.evaluation.run.load_subject", never)
     code, out, err = evaluate("out/lora-seed0")
     assert (code, "evaluated already" in err, "films" in out) == (0, True, True)
     assert evaluate("out/lora-seed0", "--limit", "4")[0] == 1  # other rows are another evaluation
@@ -142,9 +142,12 @@ def test_an_adapter_without_effect_is_refused(evaluate, runs: Path, monkeypatch)
     ("arguments", "error", "hint"),
     [
         (("nowhere",), "nowhere: no such folder", "output.folder"),
-        (("model",), "model: neither a run nor a folder of runs", "--methods"),
+        ((".",), ".: neither a run nor a folder of runs", "--methods"),
+        (("model",), "model is a whole model, which does not say its tasks", "--tasks"),
+        (("model", "--tasks", "films.yaml", "--model", "model"), "model is a whole model, without a base", "--model"),
+        (("model", "--tasks", "films.yaml", "--against", "base"), "there is no base", "another folder"),
         (("out", "--against", "mj-lroa"), "no method 'mj-lroa'", "mj-lora"),
-        (("out/lora-seed0", "--against", "model"), "model is not the folder of a run", "base"),
+        (("out/lora-seed0", "--against", "out"), "out is not the folder of a run", "base"),
         (("out/lora-seed0", "--tasks", "tweet"), "unknown task 'tweet'", "tweets"),
     ],
 )

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from small_inputs import model, save_model
+from small_inputs import model, save_model, tokenizer
 from suite_rows import suite_task
 from test_sandbox import needs_sandbox
 
 from monkeyjump.cli import app
+from monkeyjump.mamba.channels import channel_groups
+from monkeyjump.mamba.shrink import shrink
 from monkeyjump.tasks import catalog, origins
+from tiny_mamba import mamba
 
 
 @pytest.fixture
@@ -48,6 +52,33 @@ def test_the_suite_with_code(evaluate):
         "hotpot_qa": {"exact_match", "f1"},
         "humaneval": {"pass@1"},
     }
+
+
+def test_a_whole_mamba_and_a_shrunk_one_against_it(evaluate, capsys):
+    """The folders of `mamba pretrain` and `mamba shrink` are models, without an adapter."""
+    for name, kept in (("dense", 32), ("small", 16)):
+        whole = mamba(vocab_size=140)
+        if kept < 32:
+            shrink(whole, {group.name: torch.arange(kept) for group in channel_groups(whole)})
+        whole.save_pretrained(name)
+        tokenizer().save_pretrained(name)
+    capsys.readouterr()
+    asked = ("--suite", "mamba", "--limit", "2", "--json")
+    assert app.run(["evaluate", "small", "--against", "dense", *asked]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [task["task"] for task in found["tasks"]] == ["cnn_dailymail", "hotpot_qa"]
+    assert {line["task"] for line in found["against"]} == {"cnn_dailymail", "hotpot_qa"}
+    mamba(seed=1, vocab_size=140).save_pretrained("dense")  # another model in the same place
+    assert app.run(["evaluate", "dense", *asked]) == 0
+    assert "evaluated already" not in capsys.readouterr().err
+
+
+def test_a_missing_package_is_said_before_an_answer_is_written(evaluate, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    monkeypatch.setattr("monkeyjump.evaluation.run.answer", lambda *given, **options: pytest.fail("hours of writing"))
+    code, _, err = evaluate("--suite", "mamba")
+    assert code == 2
+    assert "monkeyjump[eval]" in err
 
 
 def test_without_leave_no_code_runs(evaluate):

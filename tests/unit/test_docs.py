@@ -104,8 +104,9 @@ def test_links_and_pictures_are_there() -> None:
     readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
     for page in DOCS.glob("*.md"):
         assert f"(docs/{page.name})" in readme, page.name
+    for page in DOCS.rglob("*.md"):
         for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
-            assert (DOCS / link).exists(), f"{page.name}: {link}"
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
     for picture in DOCS.glob("*.svg"):
         ElementTree.parse(picture)
 

@@ -45,6 +45,8 @@ def test_every_named_metric_is_there_and_scores_gold_as_one():
         ("exact_match", "tower", ["eiffel tower", "the tower"], 1.0),
         ("f1", "the cat sat", ["a cat sat down"], 2 * 2 / (2 + 3)),
         ("f1", "dog", ["cat"], 0.0),
+        ("f1", "yes it is", ["yes"], 0.0),  # HotpotQA's own script: yes and no are right as a whole
+        ("f1", "Yes.", ["yes"], 1.0),
         ("relaxed_accuracy", "104", ["100"], 1.0),
         ("relaxed_accuracy", "106", ["100"], 0.0),
         ("relaxed_accuracy", "-95", ["-100"], 1.0),

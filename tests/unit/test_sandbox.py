@@ -84,6 +84,9 @@ def test_honest_programs_pass(program: str):
         ("import os\nfor f in range(3, 20):\n  try: os.write(f, b'[' * 9000)\n"
          "  except OSError: pass", "ended before its tests did"),
         ("import builtins\nbuiltins.compile = None\nassert False", "AssertionError"),
+        ("import os\nos._exit(200)", "ended before its tests did"),  # 128 + no signal
+        ("import os\nos._exit = print\nclass E(Exception):\n  def __str__(self): raise OSError('x')\nraise E",
+         "ended before its tests did"),
     ],
 )  # fmt: skip
 def test_programs_that_do_not_come_to_their_end_fail(program: str, reason: str):

@@ -304,6 +304,7 @@ def test_threads_are_torchs_where_there_is_work_for_them(threads: int) -> None:
         ({"z": torch.zeros(2, 3, 1)}, r"z has the shape \[2, 3, 1\]"),
         ({"delta_bias": torch.zeros(1)}, r"delta_bias has the shape \[1\]"),
         ({"initial_state": torch.zeros(3, 4)}, r"initial_state has the shape \[3, 4\]"),
+        ({"u": torch.zeros(2, 3, 6, dtype=torch.int64)}, "u is int64; a scan needs floating-point numbers"),
         ({"backend": "native", "u": torch.zeros(2, 3, 6, dtype=torch.float64)}, "computes in float32; u is float64"),
     ],
 )

@@ -12,6 +12,8 @@ from suite_rows import picture
 
 from monkeyjump.tasks import InputError, Prompts, Size, load_task, read_task
 from monkeyjump.tasks.cache import home
+from monkeyjump.tasks.origins import HubSource
+from monkeyjump.tasks.sources import hub_rows
 
 OPTIONS = (
     "columns: {question: q, label: right}\ninstruction: |-\n  {question}\n  {options}\n"
@@ -255,6 +257,15 @@ def test_an_unknown_hub_set_says_what_to_check(tmp_path: Path):
     path.write_text("name: mine\nsource: {kind: hub, id: nobody/nothing-at-all}\n")
     with pytest.raises(InputError, match=r"nobody/nothing-at-all\[train\]: cannot be loaded") as caught:
         load_task(read_task(path), "all")
+    assert "network" in caught.value.hint
+
+
+def test_without_a_network_a_stream_of_the_hub_is_refused_at_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr("datasets.load_dataset", lambda *given, **options: pytest.fail("tries again for minutes"))
+    with pytest.raises(InputError, match=r"nobody/nothing\[train\]: cannot be loaded: ConnectError") as caught:
+        next(hub_rows(HubSource(kind="hub", id="nobody/nothing"), "train"))
     assert "network" in caught.value.hint
 
 

@@ -20,7 +20,7 @@ BASE = "base"
 
 Tasks = Annotated[
     list[str] | None,
-    typer.Option(help="Names or YAML files; repeat for several. Default: the run's own; an adapter alone has none."),
+    typer.Option(help="Names or YAML files; repeat for several. Default: the run's own; only a run has any."),
 ]
 BaseModel = Annotated[
     str | None, typer.Option("--model", help="Base model of an adapter alone. Default: the one that its config names.")
@@ -29,7 +29,7 @@ BaseModel = Annotated[
 
 def evaluate(
     run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="Folder of a run, of an adapter alone, or of runs METHOD-seedN.")
+        Path, typer.Argument(metavar="RUN", help="Folder of a run, of an adapter, of a model, or of runs METHOD-seedN.")
     ],
     tasks: Tasks = None,
     suite: Annotated[
@@ -56,7 +56,8 @@ def evaluate(
     Closed answers are weighed by log-likelihood (and, with --generate, written as well); free answers are
     written. Numbers, answers and rows go into RUN/evaluation. What was evaluated already is not done again.
     A folder of runs gives one table over seeds for each method. An adapter without effect is refused.
-    A folder that save_pretrained wrote is enough, with --tasks.
+    A folder that save_pretrained wrote is enough, with --tasks or --suite: an adapter's, or a whole model's such as
+    `mamba pretrain`, `adapt` and `shrink` make.
 
     Examples:
 
@@ -68,12 +69,12 @@ def evaluate(
 
       monkeyjump evaluate my-adapter --model ./llama --tasks boolq
 
-      monkeyjump evaluate runs/mine --suite mamba --allow-code
+      monkeyjump evaluate runs/mamba-adapted --against runs/mamba --suite mamba --allow-code
     """
     from monkeyjump.cli.quiet import quiet
     from monkeyjump.evaluation.sandbox import allow_code as allowing
     from monkeyjump.training.folder import is_run
-    from monkeyjump.training.subject import is_adapter
+    from monkeyjump.training.subject import is_subject
 
     quiet()
     screen = Screen()
@@ -90,7 +91,7 @@ def evaluate(
     names = (*(tasks or ()), *(_suite(suite, allow_code, screen) if suite else ()))
     asked = _Asked(names, model, limit, batch_size, generate)
     with allowing(allow_code):
-        if is_run(run) or is_adapter(run):
+        if is_subject(run):
             _one(run, against, asked, show)
         else:
             _many(run, against, asked, show)
@@ -162,7 +163,7 @@ class _Show:
 def _one(run: Path, against: str | None, asked: _Asked, show: _Show) -> None:
     from monkeyjump.evaluation.comparison import compare
     from monkeyjump.evaluation.results import record_of
-    from monkeyjump.training.folder import is_run
+    from monkeyjump.training.subject import is_adapter
 
     other = _other(run, against)
     results = asked.results(run, show.screen)
@@ -170,7 +171,7 @@ def _one(run: Path, against: str | None, asked: _Asked, show: _Show) -> None:
     if against is None:
         show.scores(results, str(run))
     else:
-        if is_run(other):  # --model is for adapters alone
+        if not is_adapter(other):  # --model is for adapters alone
             asked = replace(asked, model=None)
         first = asked.results(other, show.screen, base=against == BASE)
         lines = compare(first, results)
@@ -182,13 +183,13 @@ def _one(run: Path, against: str | None, asked: _Asked, show: _Show) -> None:
 def _other(run: Path, against: str | None) -> Path:
     if against in (None, BASE):
         return run
-    from monkeyjump.training.folder import is_run
-    from monkeyjump.training.subject import is_adapter
+    from monkeyjump.training.subject import is_subject
 
     assert against is not None
-    if not is_run(Path(against)) and not is_adapter(Path(against)):
+    if not is_subject(Path(against)):
         raise InputError(
-            f"--against: {against} is not the folder of a run or adapter", hint="or write base: the untouched model"
+            f"--against: {against} is not the folder of a run, adapter or model",
+            hint="or write base: the untouched model",
         )
     return Path(against)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from monkeyjump.evaluation.run import FOLDER, load_adapted
+from monkeyjump.evaluation.run import FOLDER, load_subject
 from monkeyjump.tasks import InputError
 from monkeyjump.tasks.cache import write_in_one_piece
 from monkeyjump.tasks.errors import near_miss
@@ -48,7 +48,7 @@ def run_lm_eval(subject: Subject, tasks: Sequence[str], limit: int | None, batch
             f"--lm-eval: lm-eval has no task '{unknown}'", hint=near_miss(unknown, manager.all_tasks, "its tasks")
         )
     place = place_of(subject.model)
-    model = load_adapted(subject, place)
+    model = load_subject(subject, place)
     wrapped = HFLM(pretrained=model, tokenizer=load_tokenizer(place), batch_size=batch_size)
     found: Any = lm_eval.simple_evaluate(
         model=wrapped, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from monkeyjump.evaluation.probes import Probe, probe_task
 from monkeyjump.evaluation.questions import Questions
-from monkeyjump.evaluation.run import FOLDER, load_adapted, task_number
+from monkeyjump.evaluation.run import FOLDER, load_subject, task_number
 from monkeyjump.tasks import Collator, InputError
 from monkeyjump.training.data import load_tasks, prompts_for
 from monkeyjump.training.display import Display
@@ -29,7 +29,7 @@ def probe_run(
     if not tasks:
         raise InputError(f"{subject.folder}: no task with closed answers", hint="probes need choices to tell apart")
     prompts = prompts_for([one.task for one in tasks], place, subject.asked.max_length)
-    model = load_adapted(subject, place)
+    model = load_subject(subject, place)
     collator = Collator.of(prompts.tokenizer)
     found: list[Probe] = []
     with display.bar("probe", len(tasks)) as bar:

@@ -1,8 +1,9 @@
-"""A trained run, or an adapter's folder, on the test rows of tasks; everything is written into that folder."""
+"""A trained run, an adapter or a whole model on the test rows of tasks; everything is written into its folder."""
 
 from __future__ import annotations
 
 import csv
+import functools
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,19 +14,22 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 
+from monkeyjump.evaluation.metrics import check_packages
 from monkeyjump.evaluation.questions import Questions, told
 from monkeyjump.evaluation.results import TaskResult, record_of, result_from, result_of
 from monkeyjump.evaluation.sandbox import check_tasks
 from monkeyjump.evaluation.scoring import answer, tokens_of
+from monkeyjump.mamba.loading import load_model
 from monkeyjump.tasks import Collator, InputError, LoadedTask
 from monkeyjump.tasks.cache import MANIFEST, sha256_of, verify_manifest, write_in_one_piece
 from monkeyjump.training import folder as files
 from monkeyjump.training.data import describe, fingerprint, load_tasks, prompts_for
 from monkeyjump.training.display import Display
-from monkeyjump.training.models import load, place_of
-from monkeyjump.training.subject import Subject
+from monkeyjump.training.models import load, model_config, place_of
+from monkeyjump.training.subject import MODEL_CONFIG, Subject
 
 FOLDER, RESULTS = "evaluation", "results.json"
+WEIGHTS = "*.safetensors"  # of a whole model
 EFFECT_ROWS = 8
 
 
@@ -37,7 +41,7 @@ def evaluate(
     write: bool = False,
     base: bool = False,
 ) -> list[TaskResult]:
-    """Scores an adapter on the tasks that it is asked, and writes results.json and results.csv.
+    """Scores an adapter or a whole model on the tasks that it is asked, and writes results.json and results.csv.
 
     Args:
         limit: at most so many rows of each task.
@@ -45,26 +49,29 @@ def evaluate(
         base: the untouched base model instead of the adapter.
 
     Raises:
-        InputError: the adapter is damaged or has no effect, or tasks are wrong.
+        InputError: the adapter is damaged or has no effect, a whole model has no base, or tasks are wrong.
     """
+    if base and subject.adapter is None:
+        raise InputError(f"{subject.folder} is a whole model: there is no base", hint="compare it with another folder")
     loaded = load_tasks(subject.asked)
     check_tasks(one.task for one in loaded)
+    check_packages(metric for one in loaded for metric in (one.task.metric, *one.task.also))
     asked = {
         "tasks": {one.task.name: fingerprint(one) for one in loaded},
         "max_length": subject.asked.max_length,
         "limit": limit,
         "write": write,
         "model": subject.model.model_dump(),
-        "adapter": None if base else adapter_sums(subject),
+        "adapter": None if base else sums(subject),
     }
     if (known := read_results(subject.folder, asked, base)) is not None:
         display.note(f"{subject.folder}: evaluated already")
         return known
     place = place_of(subject.model, display.note)
     tests = questions_of(subject, loaded, place, limit)
-    model = on_device(load(subject.model, place)) if base else load_adapted(subject, place)
+    model = load_plain(subject, place) if base else load_subject(subject, place)
     collator = Collator.of(tests[0].prompts.tokenizer)
-    if not base:
+    if not base and subject.adapter is not None:
         check_effect(model, tests[0], collator)
     name = "base" if base else subject.folder.name
     with display.bar(f"evaluate {name}", sum(tokens_of(one, write) for one in tests)) as bar:
@@ -88,14 +95,25 @@ def task_number(subject: Subject, name: str) -> int:
     return names.index(name) if name in names else 0
 
 
-def load_adapted(subject: Subject, place: str) -> PeftModel:
-    """The base model with the adapter, on its device. Raises InputError for a damaged or unfitting one."""
+def load_plain(subject: Subject, place: str) -> Any:
+    """The model without an adapter, on its device: shrunk ones as well, Mamba on our scans. Raises InputError."""
+    model_config(subject.model, place)  # says what cannot be read
+    return on_device(load_model(place, functools.partial(load, subject.model)))
+
+
+def load_subject(subject: Subject, place: str) -> Any:
+    """The base model with the adapter, or the whole model, on its device.
+
+    Raises InputError for what is damaged or does not fit.
+    """
     import monkeyjump  # noqa: F401  registers the adapter types with PEFT
 
+    if subject.adapter is None:
+        return load_plain(subject, place)
     if (subject.adapter / MANIFEST).is_file():
         verify_manifest(subject.adapter)
     try:
-        model = PeftModel.from_pretrained(load(subject.model, place), subject.adapter).eval()
+        model = PeftModel.from_pretrained(load_plain(subject, place), subject.adapter).eval()
     except InputError:
         raise
     except (ValueError, OSError, SafetensorError) as error:
@@ -144,8 +162,10 @@ def _place(folder: Path, base: bool) -> Path:
     return folder / FOLDER / ("base" if base else "adapter")
 
 
-def adapter_sums(subject: Subject) -> list[str]:
-    """sha256 of the adapter's config and weights. Raises InputError where one is missing."""
+def sums(subject: Subject) -> list[str]:
+    """sha256 of the config and weights of the adapter or model. Raises InputError where one is missing."""
+    if subject.adapter is None:
+        return [sha256_of(path) for path in (subject.folder / MODEL_CONFIG, *sorted(subject.folder.glob(WEIGHTS)))]
     found = [subject.adapter / CONFIG_NAME, subject.adapter / SAFETENSORS_WEIGHTS_NAME]
     missing = next((path for path in found if not path.is_file()), None)
     if missing is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ from monkeyjump.mamba.shrink.remove import WIDTHS
 from monkeyjump.tasks.models import load_base
 
 
-def load_model(name: str | Path) -> Any:
-    """In evaluation mode, in the dtype it was saved in. Raises InputError where the weights cannot be read."""
+def load_model(name: str | Path, load: Callable[[str | Path], Any] = load_base) -> Any:
+    """In evaluation mode, in the dtype it was saved in. Raises InputError where the weights cannot be read.
+
+    Args:
+        load: reads a model that was not shrunk.
+    """
     shrunk = WIDTHS in AutoConfig.from_pretrained(name).to_dict()
-    model = load_shrunk(name, dtype="auto", use_safetensors=True) if shrunk else load_base(name)
+    model = load_shrunk(name, dtype="auto", use_safetensors=True) if shrunk else load(name)
     if any(type(module) in SCANNING for module in model.modules()):
         patch_mamba(model)
     return model

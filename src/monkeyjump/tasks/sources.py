@@ -183,11 +183,20 @@ def hub_rows(source: HubSource, split: str) -> Iterator[Row]:
     name, revision = resolve(source)
     origin = f"{name}[{split}]"
     try:
+        _reach_hub(name)
         stream = datasets.load_dataset(name, source.config, split=split, revision=revision, streaming=True)
         for number, values in enumerate(stream, start=1):
             yield Row(values, f"{origin}, row {number}", number)
     except Exception as error:
         raise _not_loaded(origin, error) from error
+
+
+def _reach_hub(name: str) -> None:
+    """One request: without a network, `datasets` would try again for minutes before it says so."""
+    from huggingface_hub import constants, get_session
+
+    if not (constants.HF_HUB_OFFLINE or Path(name).exists()):
+        get_session().head(constants.ENDPOINT, timeout=10)
 
 
 def _datasets_table(origin: str, path: str, first: int | None = None, **options: Any) -> Table:

@@ -1,7 +1,8 @@
-"""What later commands look at: the folder of a run, or that of an adapter alone, as `save_pretrained` writes it.
+"""What later commands look at: the folder of a run, of an adapter alone or of a whole model, as `save_pretrained`
+writes them.
 
-A run's folder says everything. An adapter's says its method and the name of its base model; which tasks it is
-asked is for the caller to say.
+A run's folder says everything. An adapter's says its method and the name of its base model; which tasks it or a
+whole model is asked is for the caller to say.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME as MODEL_CONFIG
 
 from monkeyjump.tasks.errors import InputError
 from monkeyjump.training import folder as files
@@ -22,14 +24,14 @@ from monkeyjump.training.config import Data, Model
 
 @dataclass(frozen=True)
 class Subject:
-    """A trained adapter with what it is asked.
+    """A trained adapter, or a whole model, with what it is asked.
 
-    folder: where numbers about it go. adapter: its weights. trained: what it was trained on, whose order numbers
-    the tasks; of an adapter alone that is not known, and it is `asked`.
+    folder: where numbers about it go. adapter: its weights; None for a whole model. trained: what it was trained
+    on, whose order numbers the tasks; where that is not known, it is `asked`.
     """
 
     folder: Path
-    adapter: Path
+    adapter: Path | None
     model: Model
     trained: Data
     asked: Data
@@ -37,24 +39,29 @@ class Subject:
     @property
     def granularity(self) -> str:
         """What its router decides on; `token` where there is none, which is as well."""
-        return read_adapter(self.adapter).get("granularity", "token")
+        return "token" if self.adapter is None else read_adapter(self.adapter).get("granularity", "token")
 
 
 def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG_NAME).is_file()
 
 
+def is_subject(folder: Path) -> bool:
+    """Whether `open_subject` takes it: a run, an adapter, or a whole model."""
+    return files.is_run(folder) or is_adapter(folder) or (folder / MODEL_CONFIG).is_file()
+
+
 def open_subject(folder: Path, model: str | None = None, tasks: Sequence[str] = ()) -> Subject:
-    """A finished run, or an adapter alone.
+    """A finished run, an adapter alone, or a whole model.
 
     Args:
         model: the base model of an adapter alone; None: as its config says.
         tasks: names or YAML files; none: those that the run was trained on.
 
     Raises:
-        InputError: the folder is neither, the run is not done, or an adapter's tasks or base model are not known.
+        InputError: the folder is none of them, the run is not done, or tasks or an adapter's base model are not known.
     """
-    if not files.is_run(folder) and is_adapter(folder):
+    if not files.is_run(folder) and is_subject(folder):
         return _alone(folder, model, tasks)
     config = files.open_run(folder)
     if not files.is_done(folder):
@@ -99,7 +106,12 @@ def read_adapter(folder: Path) -> dict[str, Any]:
 
 
 def _alone(folder: Path, model: str | None, tasks: Sequence[str]) -> Subject:
+    kind = "an adapter" if is_adapter(folder) else "a whole model"
     if not tasks:
-        raise InputError(f"{folder} is an adapter, which does not say its tasks", hint="add --tasks NAME-OR-YAML")
+        raise InputError(f"{folder} is {kind}, which does not say its tasks", hint="add --tasks NAME-OR-YAML")
     data = Data(tasks=list(tasks))
-    return Subject(folder, folder, base_of(folder, model), data, data)
+    if is_adapter(folder):
+        return Subject(folder, folder, base_of(folder, model), data, data)
+    if model is not None:
+        raise InputError(f"--model: {folder} is {kind}, without a base", hint="leave --model out")
+    return Subject(folder, None, Model(path=str(folder)), data, data)

@@ -1,6 +1,6 @@
 """Metrics by name. `score("rougeL", answers, accepted)`; `register` adds one's own."""
 
-from monkeyjump.evaluation.metrics.answers import squad_normal, vqa_normal
+from monkeyjump.evaluation.metrics.answers import check_packages, squad_normal, vqa_normal
 from monkeyjump.evaluation.metrics.code import pass_at_k, score_programs
 from monkeyjump.evaluation.metrics.scores import (
     Score,
@@ -17,6 +17,7 @@ from monkeyjump.evaluation.metrics.whole import perplexity
 __all__ = [
     "Score",
     "Statistic",
+    "check_packages",
     "known_metrics",
     "mean_score",
     "pass_at_k",

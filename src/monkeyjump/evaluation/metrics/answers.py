@@ -6,13 +6,15 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from monkeyjump.evaluation.metrics.scores import Accepted, Answers, Score, mean_score, normal_text, register
 from monkeyjump.tasks.errors import InputError
 from monkeyjump.tasks.metric_names import KNOWN
 
 TOLERANCE = 0.05
+VERDICTS = (["yes"], ["no"], ["noanswer"])  # right or wrong as a whole (Yang et al., 2018, HotpotQA)
 
 
 def squad_normal(text: str) -> str:
@@ -38,7 +40,7 @@ def f1(answers: Answers, accepted: Accepted) -> Score:
 
 def _overlap(answer: str, right: str) -> float:
     first, second = squad_normal(answer).split(), squad_normal(right).split()
-    if not first or not second:
+    if not first or not second or first in VERDICTS or second in VERDICTS:
         return float(first == second)
     common = sum((Counter(first) & Counter(second)).values())
     return 2 * common / (len(first) + len(second))
@@ -101,14 +103,24 @@ def _agreement(answer: str, people: Sequence[str]) -> float:
     return sum(leaving) / len(leaving)
 
 
-def _rouge(kind: str, answers: Answers, accepted: Accepted) -> Score:
+def check_packages(metrics: Iterable[str]) -> None:
+    """Raises InputError where a metric needs a package that is not there: to be asked before answers are written."""
+    if any(name.startswith("rouge") for name in metrics):
+        _rouge_scorer("rougeL")
+
+
+def _rouge_scorer(kind: str) -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise InputError(
             f"ROUGE needs the rouge-score package: {error}", hint="python -m pip install 'monkeyjump[eval]'"
         ) from error
-    scorer = RougeScorer([kind], use_stemmer=True)
+    return RougeScorer([kind], use_stemmer=True)
+
+
+def _rouge(kind: str, answers: Answers, accepted: Accepted) -> Score:
+    scorer = _rouge_scorer(kind)
     return mean_score([max(scorer.score(b, a)[kind].fmeasure for b in right) for a, right in zip(answers, accepted)])
 
 

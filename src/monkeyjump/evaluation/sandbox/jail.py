@@ -124,7 +124,11 @@ def first_process(job, verdict):
         for stream in range(3):
             os.dup2(nowhere, stream)
         give_up_rights(job["limits"])
-        run(job["program"], verdict, job["token"])
+        leave = os._exit  # the program may put something else there
+        try:
+            run(job["program"], verdict, job["token"])
+        finally:  # also where an exception of the program cannot even be printed: nothing may reach `refuse`
+            leave(1)
     os.close(verdict)
     while True:
         found, status = os.wait()

@@ -139,7 +139,7 @@ def _judge(said: bytes, code: int | None, token: str, limits: Limits) -> Verdict
     if not isinstance(verdict, dict):
         if code is None:
             return Verdict(False, f"not done after {limits.seconds:g} seconds")
-        if code >= 128:
+        if code - 128 in signal.valid_signals():  # a program may also give such a code by itself
             return Verdict(False, f"killed by {signal.Signals(code - 128).name} (limits of CPU time, memory or files)")
         return Verdict(False, "ended before its tests did")
     if "refused" in verdict and verdict.get("token") == token:

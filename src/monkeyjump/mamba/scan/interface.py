@@ -50,7 +50,8 @@ def selective_scan(
         initial_state: `[B, D, N]` before the first step, or None for zeros.
 
     Raises:
-        ValueError: shapes that do not belong together; a backend that does not exist or does not take these tensors.
+        ValueError: shapes that do not belong together; u of whole numbers; a backend that does not exist or does not
+            take these tensors.
         RuntimeError: the backend is not installed; on a second differentiation, except of "reference".
     """
     _check_shapes(u, delta, A, B, C, D, z, delta_bias, initial_state)
@@ -76,6 +77,8 @@ def selective_scan(
 def _check_shapes(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *others: Tensor | None) -> None:
     if u.dim() != 3 or A.dim() != 2:
         raise ValueError(f"u must be [B, D, L] and A [D, N]; their shapes are {list(u.shape)} and {list(A.shape)}")
+    if not u.is_floating_point():
+        raise ValueError(f"u is {str(u.dtype).removeprefix('torch.')}; a scan needs floating-point numbers")
     (batch, channels, length), states = u.shape, A.shape[1]
     D, z, delta_bias, initial_state = others
     wanted = {
