@@ -84,8 +84,9 @@ def test_output_is_plain_and_progress_apart(done):
     assert "\x1b" not in finished.stdout + finished.stderr
 
 
+@pytest.mark.slow
 def test_every_method_is_measured_to_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    options = "--only step,saved,size --candidates all --dropout 0.1 --optimizer"
+    options = "--only step,saved,size --candidates all --input-gradients --dropout 0.1 --optimizer"
     assert app.run(["bench", *SMALL.split(), *options.split(), "--output", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "results.json").read_text())
     for section in ("step", "saved", "size"):
