@@ -49,7 +49,8 @@ class MoREConfig(LowRankExpertConfig):
 
     num_experts: Any = _field(None, "Not used: the experts are the ranks, r of them.")
     top_k: int | None = _field(None, "Not used: the task chooses.")
-    num_tasks: int | None = _field(None, "T, tasks; their ids are 0 to T - 1. Required.")
+    num_tasks: int | None = _field(None, "T, tasks; their ids are 0 to T - 1. Required without task_names.")
+    task_names: list[str] | None = _field(None, "Names of the tasks by id, by which evaluation knows them.")
     rank_scale: str = _field("rank", "c: rank: r_t / r; tasks: r_t / T.")
     contrastive_weight: float = _field(0.1, "Weight of the task-contrastive loss.")
     contrastive_temperature: float = _field(0.05, "tau of the task-contrastive loss.")
@@ -60,10 +61,24 @@ class MoREConfig(LowRankExpertConfig):
         refuse_unread(self, "MoRE's experts are the ranks of one LoRA, which its tasks choose; set r and num_tasks")
         super().check()
         check_integer("r", self.r, least=1)
+        self._check_names()
         check_integer("num_tasks", self.num_tasks, least=1)
         check_choice("rank_scale", self.rank_scale, RANK_SCALES)
         check_number("contrastive_weight", self.contrastive_weight, "of at least 0", lambda v: v >= 0)
         check_number("contrastive_temperature", self.contrastive_temperature, "above 0", lambda v: v > 0)
+
+    def _check_names(self) -> None:
+        names = self.task_names
+        if names is None:
+            return
+        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"task_names={names!r} is out of range: use a list of strings")
+        if len(set(names)) < len(names):
+            raise ValueError(f"task_names={names!r} is out of range: name each task once")
+        if self.num_tasks is None:
+            self.num_tasks = len(names)
+        elif len(names) > self.num_tasks:
+            raise ValueError(f"task_names has {len(names)} names, but num_tasks={self.num_tasks}; leave num_tasks out")
 
     def expert_counts(self) -> list[int]:
         return [self.r]
