@@ -373,10 +373,10 @@ def test_the_numbers_of_mores_tasks_follow_their_names(tmp_path: Path, monkeypat
         return {task["task"]: task for task in json.loads(found.out)["tasks"]}, found.err
 
     both, said = asked("out/adapter", "films", "food")
-    assert "not trained on" not in said
+    assert "not among" not in said
     assert asked("out/adapter", "food", "films")[0] == both
     assert asked("out/adapter", "food")[0]["food"] == both["food"]
     assert asked("turned", "films", "food")[0]["films"]["written_answers"] != both["films"]["written_answers"]
     strange, said = asked("out/adapter", "food", "tales")
     assert strange["food"] == both["food"]
-    assert "tales: not trained on; each row takes the nearest of the adapter's tasks" in said
+    assert "tales: not among the adapter's tasks; each row takes the nearest of them" in said

@@ -65,7 +65,7 @@ def evaluate(
     tests = questions_of(subject, loaded, place, limit)
     strangers = [one.task.name for one in tests if one.task_id == UNKNOWN]
     if strangers and not base:
-        display.note(f"{', '.join(strangers)}: not trained on; each row takes the nearest of the adapter's tasks")
+        display.note(f"{', '.join(strangers)}: not among the adapter's tasks; each row takes the nearest of them")
     model = on_device(load(subject.model, place)) if base else load_adapted(subject, place)
     collator = Collator.of(tests[0].prompts.tokenizer)
     if not base:
@@ -94,7 +94,7 @@ def task_number(subject: Subject, name: str) -> int:
     """
     adapter = read_adapter(subject.adapter)
     if "num_tasks" in adapter:
-        names, unknown = adapter["task_names"] or [], UNKNOWN
+        names, unknown = adapter.get("task_names") or [], UNKNOWN
     else:
         names, unknown = [task.name for task in describe(subject.trained)], 0
     return names.index(name) if name in names else unknown
