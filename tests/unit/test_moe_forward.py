@@ -235,6 +235,37 @@ def test_adapter_starts_as_the_base_model(name: str) -> None:
     torch.testing.assert_close(model(ids).logits, llama()(ids).logits, rtol=0, atol=tolerance + 1e-6)
 
 
+KAIMING = {"uniform": 1 / 16}  # of what reads 256 numbers
+STARTS: dict[str, dict[str, dict[str, float]]] = {
+    "moelora": {"mixture_router": KAIMING, "mixture_A": KAIMING, "mixture_B": {"normal": 0.0}},
+    "hydralora": {"mixture_router": KAIMING, "mixture_A": KAIMING, "mixture_B": {"normal": 0.0}},
+    "moe_adalora": {"mixture_A": {"normal": 0.02}, "mixture_B": {"normal": 0.02}, "mixture_E": {"normal": 0.0}},
+    "moe_propulsion": {"mixture_delta": {"normal": 1e-3}},
+    "mixlora": {"expert_router.mixture_router": {"normal": 0.02}},
+    "more": {"mixture_tasks": {"normal": 0.01}, "mixture_router": KAIMING, "mixture_router_bias": {"normal": 0.0}},
+    "moa_soft": {
+        "mixture_down": {"uniform": 1e-4 * (6 / (256 + 16)) ** 0.5},  # Xavier's bound times the gain
+        "mixture_up": {"uniform": 1e-4 * (6 / (256 + 16)) ** 0.5},
+        "mixture_prompt_gate": {"normal": 0.0},
+    },
+}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_parameters_start_as_the_definition_says(name: str) -> None:
+    torch.manual_seed(0)
+    base = llama(hidden_size=256, num_hidden_layers=1)
+    model = get_peft_model(base, mixture_config(name, init_weights=True, target_modules=["q_proj", "gate_proj"]))
+    for holder, start in STARTS[name].items():
+        own = [p.flatten() for n, p in model.named_parameters() if n.endswith(f"{holder}.default")]
+        assert own, holder
+        for values in own:
+            if "uniform" in start:  # of hundreds of draws the largest is near the bound
+                assert 0.9 * start["uniform"] < values.abs().max() <= start["uniform"], holder
+            else:
+                assert values.std().item() == pytest.approx(start["normal"], rel=0.15), holder
+
+
 # ---------------------------------------------------------------------- configs
 
 

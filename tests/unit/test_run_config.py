@@ -64,7 +64,7 @@ def test_more_is_told_the_tasks_of_the_run(written):
     assert (found.num_tasks, found.task_names) == (2, ["a", "b"])
     room = written(GOOD + "method: {base: more, num_tasks: 5}\n").method
     assert adapter_config(room, llama(), tasks=["a", "b"]).num_tasks == 5
-    with pytest.raises(InputError, match="method.num_tasks: 5, but data.tasks has 6"):
+    with pytest.raises(InputError, match=r"method\.num_tasks: 5, but data\.tasks has 6"):
         adapter_config(room, llama(), tasks=list("abcdef"))
     with pytest.raises(InputError, match="'task_names' is no field of more"):
         written(GOOD + "method: {base: more, task_names: [a]}\n")
