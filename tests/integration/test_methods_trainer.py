@@ -218,6 +218,7 @@ class Stop(TrainerCallback):
         control.should_training_stop = state.global_step == 2
 
 
+@pytest.mark.slow
 @every_method
 def test_resumed_checkpoint_of_a_limited_number_equals_the_uninterrupted_run(name: str, tmp_path: Path) -> None:
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
