@@ -11,7 +11,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from moe_methods import METHODS, mixture, mixture_config
-from monkeyjump.moe import ExpertConfig, HydraLoRAConfig, MoEConfig, MoELoRAConfig, MoLAConfig
+from monkeyjump.moe import (
+    ExpertConfig,
+    HydraLoRAConfig,
+    MixLoRAAttentionConfig,
+    MixLoRAConfig,
+    MoAConfig,
+    MoEConfig,
+    MoELoRAConfig,
+    MoLAConfig,
+    MoREConfig,
+)
 from monkeyjump.moe.layer import ExpertLayer
 from monkeyjump.moe.model import layer_of
 from monkeyjump.ops import (
@@ -273,6 +283,28 @@ def test_base_chooses_the_config_class() -> None:
     assert MoEConfig(base="propulsion").degree == 15
     assert MoEConfig(base="lora", r=3).rank == 3
     assert MoEConfig(base="adalora", init_r=9, total_step=9).rank == 9
+
+
+DEFAULTS = [
+    (MoELoRAConfig(), {"top_k": 2, "balance_weight": 0.01, "contrastive_weight": 0.01, "contrastive_temperature": 0.1}),
+    (MoELoRAConfig(), {"contrastive_tokens": 32}),
+    (HydraLoRAConfig(), {"top_k": None, "balance_weight": 0.0}),
+    (MoLAConfig(), {"num_experts": "2468", "top_k": 2, "balance_weight": 0.001}),
+    (MixLoRAConfig(), {"top_k": 2, "balance_weight": 0.001}),
+    (MixLoRAAttentionConfig(), {"top_k": 2, "balance_weight": 0.01}),
+    (MoREConfig(num_tasks=2), {"contrastive_weight": 0.1, "contrastive_temperature": 0.05, "rank_scale": "rank"}),
+    (MoAConfig(), {"r": 8, "lora_alpha": 8, "variant": "soft", "router": "swiglu", "router_expansion": 4}),
+    (MoAConfig(), {"parallel_size": 16, "prompt_length": 10}),
+    (MoAConfig(variant="sparse"), {"max_threshold": 0.5, "threshold": "learned", "prompt_length": 0}),
+    (MoEConfig(), {"base": "lora", "top_k": 2, "balance_weight": 0.0}),
+    (MoEConfig(base="adalora", total_step=9), {"init_r": 12, "target_r": 8, "orth_reg_weight": 0.5, "beta1": 0.85}),
+    (MoEConfig(base="propulsion"), {"degree": 15, "balance_weight": 0.0}),
+]
+
+
+@pytest.mark.parametrize(("config", "values"), DEFAULTS, ids=lambda value: getattr(value, "peft_name", ""))
+def test_defaults_are_those_of_the_definitions(config: Any, values: dict[str, Any]) -> None:
+    assert {name: getattr(config, name) for name in values} == values
 
 
 @pytest.mark.parametrize(

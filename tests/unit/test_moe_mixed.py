@@ -247,7 +247,7 @@ def test_unknown_task_is_the_nearest_to_the_mean_of_the_prompt() -> None:
     table = model.base_model.model.expert_tasks.mixture_tasks["default"]
     with torch.no_grad():
         h = model.base_model.model.model.embed_tokens(ids).mean(1)
-        table[1] = 3 * h[0]
+        table[1] = 9 * (h[0] + h[1])  # longest: for both rows the largest product, for the first the largest cosine
         table[2] = 0.5 * h[1]
         table[0] = -h[0] - h[1]
     blocks = model.base_model.model.model.layers
