@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,12 @@ def test_results_have_every_section_and_every_raw_time(done):
     for section in timed:
         assert list(section) == NAMES
         assert all(len(row["seconds"]) == 2 for row in section.values())
-        assert section["peft-lora"]["to_peft_lora"]["median"] == 1
+        for name, key in (("floor", "to_floor"), ("peft-lora", "to_peft_lora"), ("mj-lora", "to_mj_lora")):
+            assert section[name][key]["median"] == 1
+            other = NAMES[NAMES.index(name) - 1]
+            assert section[other][key]["median"] == pytest.approx(
+                statistics.median(a / b for a, b in zip(section[other]["seconds"], section[name]["seconds"]))
+            )
     for section in ("saved", "memory"):
         assert record[section]["peft-lora"]["to_peft_lora"] == 1
         assert record[section]["floor"]["above_floor"] == 0
@@ -76,6 +82,19 @@ def test_output_is_plain_and_progress_apart(done):
     assert "training step: 100 %" in finished.stderr
     assert "100 %" not in finished.stdout
     assert "\x1b" not in finished.stdout + finished.stderr
+
+
+@pytest.mark.slow
+def test_every_method_is_measured_to_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = "--only step,saved,size --candidates all --input-gradients --dropout 0.1 --optimizer"
+    assert app.run(["bench", *SMALL.split(), *options.split(), "--output", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "results.json").read_text())
+    for section in ("step", "saved", "size"):
+        assert list(record[section]) == list(ALL)
+    assert all(row["above_floor"] > 0 for name, row in record["saved"].items() if name != "floor")
+    printed = capsys.readouterr().out
+    for name in ALL:  # a row in each of the three tables
+        assert sum(line.split()[1:2] == [name] for line in printed.splitlines()) == 3
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from run_inputs import write_run_inputs
 from safetensors.torch import load_file, save_file
 from small_inputs import rows, tokenizer, write_lines, write_task
@@ -336,3 +337,49 @@ def test_lm_eval_finds_our_number_for_the_same_rows(evaluate, runs: Path):
     assert theirs["acc_stderr,none"] == pytest.approx(score["standard_error"])
     assert 0.2 < score["value"] < 0.8
     assert len(ours["tasks"][0]["answers"]) == 40
+
+
+def tell_apart(adapter: Path) -> None:
+    """Task 0 takes one rank of MoRE's, task 1 all of them, and they matter."""
+    weights = load_file(adapter / "adapter_model.safetensors")
+    for name, value in weights.items():
+        if name.endswith("mixture_tasks"):
+            value.zero_()[:, 0] = torch.tensor([-1.0, 1.0])
+        elif name.endswith("mixture_router"):
+            value.zero_()[-1, 0] = 5.0
+        elif name.endswith("mixture_B"):
+            value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(0)))
+    save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_manifest(adapter)
+
+
+def test_the_numbers_of_mores_tasks_follow_their_names(tmp_path: Path, monkeypatch, capsys):
+    write_run_inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    few = [option.replace("epochs=4", "max_steps=2") for option in QUICK]
+    assert app.run(["train", "run.yaml", "method.base=more", "method.r=4", *few]) == 0
+    rename = (tmp_path / "films.yaml").read_text().replace("films", "tales", 1)
+    (tmp_path / "tales.yaml").write_text(rename)  # the films' rows under a name that was not trained on
+    adapter = tmp_path / "out" / "adapter"
+    tell_apart(adapter)
+    turned = shutil.copytree(adapter, tmp_path / "turned") / "adapter_config.json"
+    names = json.loads(turned.read_text())
+    turned.write_text(json.dumps({**names, "task_names": ["food", "films"]}))
+    write_manifest(turned.parent)
+
+    def asked(folder: str, *tasks: str) -> tuple[dict[str, dict], str]:
+        named = [word for task in tasks for word in ("--tasks", f"{task}.yaml")]
+        capsys.readouterr()
+        code = app.run(["evaluate", folder, *named, "--json", "--generate"])
+        found = capsys.readouterr()
+        assert code == 0, found.err
+        return {task["task"]: task for task in json.loads(found.out)["tasks"]}, found.err
+
+    both, said = asked("out/adapter", "films", "food")
+    assert "not among" not in said
+    assert asked("out/adapter", "food", "films")[0] == both
+    assert asked("out/adapter", "food")[0]["food"] == both["food"]
+    assert asked("turned", "films", "food")[0]["films"]["written_answers"] != both["films"]["written_answers"]
+    strange, said = asked("out/adapter", "food", "tales")
+    assert strange["food"] == both["food"]
+    assert "tales: not among the adapter's tasks; each row takes the nearest of them" in said

@@ -90,6 +90,12 @@ def test_written_registry_reads_back(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "proven.json").read_text(encoding="utf-8")) == registry
 
 
+# of its own: the warnings that are errors here are errors in there
+MARKERS = """
+[pytest]
+markers = proves(kind, name)
+"""
+
 SUITE = """
 import pytest
 
@@ -104,12 +110,14 @@ def test_plain():
 
 def test_skipped_proof_fails(pytester: pytest.Pytester) -> None:
     pytester.makeconftest("from proofs import pytest_itemcollected, pytest_runtest_makereport")
+    pytester.makeini(MARKERS)
     pytester.makepyfile(SUITE)
     pytester.runpytest("-p", "no:cacheprovider").assert_outcomes(failed=1, skipped=1)
 
 
 def test_unknown_kind_is_refused(pytester: pytest.Pytester) -> None:
     pytester.makeconftest("from proofs import pytest_itemcollected")
+    pytester.makeini(MARKERS)
     pytester.makepyfile(SUITE.replace("integration", "integrations"))
     result = pytester.runpytest("-p", "no:cacheprovider")
     result.stderr.fnmatch_lines(["*must be a kind of architecture, method, integration*"])

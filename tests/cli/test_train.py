@@ -236,7 +236,7 @@ def test_a_mixture_trains_and_answers_like_any_method(train, folder: Path, base:
     assert json.loads((out / "run.json").read_text())["routed"] == []
     saved = json.loads((out / "adapter" / "adapter_config.json").read_text())
     if base == "more":
-        assert saved["num_tasks"] == 2  # the run's
+        assert (saved["num_tasks"], saved["task_names"]) == (2, ["films", "food"])  # the run's
     if base == "moe_adalora":
         assert saved["total_step"] == 16
         weights = load_file(out / "adapter" / "adapter_model.safetensors")

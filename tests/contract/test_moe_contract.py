@@ -119,6 +119,37 @@ def test_second_adapter_loads_beside_the_first(name: str, tmp_path: Path) -> Non
     assert torch.equal(logits(again), logits(other))
 
 
+@every_mixture
+@pytest.mark.parametrize("narrow_first", [True, False])
+def test_adapters_of_different_configs_keep_to_themselves(name: str, narrow_first: bool) -> None:
+    narrow: dict[str, Any] = {"target_modules": ["q_proj", "down_proj"]}
+    if "r" in METHODS[name][1]:
+        narrow["r"] = 5
+    if mixture_config(name).num_experts:
+        narrow |= {"num_experts": 3, "top_k": 1}
+    first, second = (narrow, {}) if narrow_first else ({}, narrow)
+    model, alone = mixture(name, **first), mixture(name, **second)
+    before = logits(model)
+    model.add_adapter("second", mixture_config(name, **second, **SECOND.get(name, {})))
+    own = {n.replace(".second", ".default"): p for n, p in model.named_parameters() if n.endswith(".second")}
+    values = {n: p for n, p in alone.named_parameters() if n.endswith(".default")}
+    assert own.keys() == values.keys()
+    for key, parameter in own.items():
+        parameter.data.copy_(values[key])
+    assert torch.equal(logits(model), before)
+    model.set_adapter("second")
+    assert torch.equal(logits(model), logits(alone))
+    torch.testing.assert_close(loss_of(model.train()), loss_of(alone.train()), rtol=0, atol=0)
+    assert model.auxiliary_losses() == alone.auxiliary_losses()
+    model.delete_adapter("default")
+    assert torch.equal(logits(model.eval()), logits(alone.eval()))
+
+
+def test_adapter_of_another_method_is_refused() -> None:
+    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
+        mixture("moelora").add_adapter("second", mixture_config("hydralora"))
+
+
 def test_second_trainable_rank_schedule_is_refused() -> None:
     with pytest.raises(ValueError, match=r"supports only 1 trainable adapter, .* set inference_mode=True"):
         mixture("moe_adalora").add_adapter("second", mixture_config("moe_adalora"))

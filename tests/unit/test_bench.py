@@ -166,6 +166,8 @@ def test_mixtures_have_the_experts_that_are_asked_for():
             assert (config.rank, config.lora_dropout) == (6 if name == "moe-adalora" else 4, 0.1)
     mola = build("mola", base, TINY).model.peft_config["default"]
     assert mola.expert_counts() == [1, 3, 5, 7]
+    more = build("more", base, settings).model.peft_config["default"]
+    assert (more.r, more.lora_dropout) == (12, 0.1)  # the ranks of 3 experts of 4
 
 
 def test_the_steps_of_an_optimizer_drive_the_ranks_of_a_mixture():

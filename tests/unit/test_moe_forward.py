@@ -11,7 +11,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from moe_methods import METHODS, mixture, mixture_config
-from monkeyjump.moe import ExpertConfig, HydraLoRAConfig, MoEConfig, MoELoRAConfig, MoLAConfig
+from monkeyjump.moe import (
+    ExpertConfig,
+    HydraLoRAConfig,
+    MixLoRAAttentionConfig,
+    MixLoRAConfig,
+    MoAConfig,
+    MoEConfig,
+    MoELoRAConfig,
+    MoLAConfig,
+    MoREConfig,
+)
 from monkeyjump.moe.layer import ExpertLayer
 from monkeyjump.moe.model import layer_of
 from monkeyjump.ops import (
@@ -235,6 +245,37 @@ def test_adapter_starts_as_the_base_model(name: str) -> None:
     torch.testing.assert_close(model(ids).logits, llama()(ids).logits, rtol=0, atol=tolerance + 1e-6)
 
 
+KAIMING = {"uniform": 1 / 16}  # of what reads 256 numbers
+STARTS: dict[str, dict[str, dict[str, float]]] = {
+    "moelora": {"mixture_router": KAIMING, "mixture_A": KAIMING, "mixture_B": {"normal": 0.0}},
+    "hydralora": {"mixture_router": KAIMING, "mixture_A": KAIMING, "mixture_B": {"normal": 0.0}},
+    "moe_adalora": {"mixture_A": {"normal": 0.02}, "mixture_B": {"normal": 0.02}, "mixture_E": {"normal": 0.0}},
+    "moe_propulsion": {"mixture_delta": {"normal": 1e-3}},
+    "mixlora": {"expert_router.mixture_router": {"normal": 0.02}},
+    "more": {"mixture_tasks": {"normal": 0.01}, "mixture_router": KAIMING, "mixture_router_bias": {"normal": 0.0}},
+    "moa_soft": {
+        "mixture_down": {"uniform": 1e-4 * (6 / (256 + 16)) ** 0.5},  # Xavier's bound times the gain
+        "mixture_up": {"uniform": 1e-4 * (6 / (256 + 16)) ** 0.5},
+        "mixture_prompt_gate": {"normal": 0.0},
+    },
+}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_parameters_start_as_the_definition_says(name: str) -> None:
+    torch.manual_seed(0)
+    base = llama(hidden_size=256, num_hidden_layers=1)
+    model = get_peft_model(base, mixture_config(name, init_weights=True, target_modules=["q_proj", "gate_proj"]))
+    for holder, start in STARTS[name].items():
+        own = [p.flatten() for n, p in model.named_parameters() if n.endswith(f"{holder}.default")]
+        assert own, holder
+        for values in own:
+            if "uniform" in start:  # of hundreds of draws the largest is near the bound
+                assert 0.9 * start["uniform"] < values.abs().max() <= start["uniform"], holder
+            else:
+                assert values.std().item() == pytest.approx(start["normal"], rel=0.15), holder
+
+
 # ---------------------------------------------------------------------- configs
 
 
@@ -242,6 +283,28 @@ def test_base_chooses_the_config_class() -> None:
     assert MoEConfig(base="propulsion").degree == 15
     assert MoEConfig(base="lora", r=3).rank == 3
     assert MoEConfig(base="adalora", init_r=9, total_step=9).rank == 9
+
+
+DEFAULTS = [
+    (MoELoRAConfig(), {"top_k": 2, "balance_weight": 0.01, "contrastive_weight": 0.01, "contrastive_temperature": 0.1}),
+    (MoELoRAConfig(), {"contrastive_tokens": 32}),
+    (HydraLoRAConfig(), {"top_k": None, "balance_weight": 0.0}),
+    (MoLAConfig(), {"num_experts": "2468", "top_k": 2, "balance_weight": 0.001}),
+    (MixLoRAConfig(), {"top_k": 2, "balance_weight": 0.001}),
+    (MixLoRAAttentionConfig(), {"top_k": 2, "balance_weight": 0.01}),
+    (MoREConfig(num_tasks=2), {"contrastive_weight": 0.1, "contrastive_temperature": 0.05, "rank_scale": "rank"}),
+    (MoAConfig(), {"r": 8, "lora_alpha": 8, "variant": "soft", "router": "swiglu", "router_expansion": 4}),
+    (MoAConfig(), {"parallel_size": 16, "prompt_length": 10}),
+    (MoAConfig(variant="sparse"), {"max_threshold": 0.5, "threshold": "learned", "prompt_length": 0}),
+    (MoEConfig(), {"base": "lora", "top_k": 2, "balance_weight": 0.0}),
+    (MoEConfig(base="adalora", total_step=9), {"init_r": 12, "target_r": 8, "orth_reg_weight": 0.5, "beta1": 0.85}),
+    (MoEConfig(base="propulsion"), {"degree": 15, "balance_weight": 0.0}),
+]
+
+
+@pytest.mark.parametrize(("config", "values"), DEFAULTS, ids=lambda value: getattr(value, "peft_name", ""))
+def test_defaults_are_those_of_the_definitions(config: Any, values: dict[str, Any]) -> None:
+    assert {name: getattr(config, name) for name in values} == values
 
 
 @pytest.mark.parametrize(

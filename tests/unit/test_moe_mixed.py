@@ -166,6 +166,11 @@ def test_more_takes_the_first_ranks_of_each_rows_task(rank_scale: str) -> None:
     assert len(taken) > 1
 
 
+def test_tasks_with_names_need_no_number() -> None:
+    assert MoREConfig(task_names=["a", "b"]).num_tasks == 2
+    assert MoREConfig(task_names=["a", "b"], num_tasks=3).num_tasks == 3
+
+
 def test_straight_through_gates_are_one_and_train() -> None:
     logits = torch.tensor([[0.0, math.log(3), 0.0], [math.log(8), 0.0, 0.0]], requires_grad=True)
     gates = rank_gates(logits, 3)
@@ -242,7 +247,7 @@ def test_unknown_task_is_the_nearest_to_the_mean_of_the_prompt() -> None:
     table = model.base_model.model.expert_tasks.mixture_tasks["default"]
     with torch.no_grad():
         h = model.base_model.model.model.embed_tokens(ids).mean(1)
-        table[1] = 3 * h[0]
+        table[1] = 9 * (h[0] + h[1])  # longest: for both rows the largest product, for the first the largest cosine
         table[2] = 0.5 * h[1]
         table[0] = -h[0] - h[1]
     blocks = model.base_model.model.model.layers
@@ -435,6 +440,9 @@ def test_moa_refuses_what_it_cannot_be_put_into(base: Any, changes: dict[str, An
         (lambda: MoREConfig(), "num_tasks=None is out of range"),
         (lambda: MoREConfig(num_tasks=2, top_k=1), "top_k=1 is set, but MoRE's experts are the ranks"),
         (lambda: MoREConfig(num_tasks=2, rank_scale="r"), "rank_scale='r' is not known"),
+        (lambda: MoREConfig(num_tasks=1, task_names=["a", "b"]), "task_names has 2 names, but num_tasks=1; leave"),
+        (lambda: MoREConfig(task_names=["a", "a"]), "task_names=.* name each task once"),
+        (lambda: MoREConfig(task_names="a"), "task_names='a' is out of range: use a list of strings"),
         (lambda: MoAConfig(num_experts=4), "num_experts=4 is set, but MoA's experts are the adapters"),
         (lambda: MoAConfig(variant="sparse", prompt_length=3), "prompt_length=3 is set, but variant='sparse'"),
         (lambda: MoAConfig(variant="hard"), "variant='hard' is not known"),

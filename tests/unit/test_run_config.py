@@ -59,6 +59,17 @@ def test_the_paper_preset_is_table_13(written):
     assert (adapter_config(vision.method, llama()).r, vision.data.max_length) == (1, 2048)
 
 
+def test_more_is_told_the_tasks_of_the_run(written):
+    found = adapter_config(written(GOOD + "method: {base: more}\n").method, llama(), tasks=["a", "b"])
+    assert (found.num_tasks, found.task_names) == (2, ["a", "b"])
+    room = written(GOOD + "method: {base: more, num_tasks: 5}\n").method
+    assert adapter_config(room, llama(), tasks=["a", "b"]).num_tasks == 5
+    with pytest.raises(InputError, match=r"method\.num_tasks: 5, but data\.tasks has 6"):
+        adapter_config(room, llama(), tasks=list("abcdef"))
+    with pytest.raises(InputError, match="'task_names' is no field of more"):
+        written(GOOD + "method: {base: more, task_names: [a]}\n")
+
+
 @pytest.mark.parametrize("name", RUN_PRESETS)
 def test_every_preset_is_a_valid_run(written, name: str):
     assert written(GOOD, preset=name).output.folder == Path("out")

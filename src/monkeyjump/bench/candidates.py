@@ -162,6 +162,8 @@ def _config(name: str, settings: Settings, center_init: str) -> PeftConfig:
         "num_tasks": TASKS,
         "center_init": center_init,
     }
+    if row.base == "more":  # its experts are the ranks of one LoRA: as many as those of N experts
+        fields["r"] *= settings.experts
     if row.base != "hydralora":  # it is defined as a mixture of all its heads
         fields["top_k"] = settings.top_k
     return row.config(**fields)

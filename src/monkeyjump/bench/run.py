@@ -19,7 +19,7 @@ import torch
 from monkeyjump.bench.candidates import Candidate, build, check_targets, load_base
 from monkeyjump.bench.memory import peak_in_child, saved_bytes
 from monkeyjump.bench.passes import decode, forward, loss_of, prefill, tokens, training_step, vocabulary_of
-from monkeyjump.bench.settings import FLOOR, REFERENCE, Settings, check
+from monkeyjump.bench.settings import FLOOR, MONKEY_JUMP, REFERENCE, Settings, check
 from monkeyjump.bench.size import kmeans_times, sizes
 from monkeyjump.bench.timing import Work, interleaved, ratio, summary
 from monkeyjump.methods import METHODS
@@ -44,7 +44,7 @@ def run(settings: Settings, progress: Progress) -> Record:
 
     Returns:
         `machine`, `settings`, and one entry for each section: by candidate, every raw measurement,
-        medians and quartiles, ratios to the floor and to PEFT's LoRA.
+        medians and quartiles, ratios to the floor, to PEFT's LoRA and to MJ-LoRA.
 
     Raises:
         InputError: a setting out of range, a model that cannot be read, a target that is not there.
@@ -128,7 +128,8 @@ def _timed(kind: str, works: Mapping[str, Work], settings: Settings, progress: P
 
 def _others(present: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What times are compared with, as far as it takes part."""
-    return [(key, name) for key, name in (("to_floor", FLOOR), ("to_peft_lora", REFERENCE)) if name in present]
+    references = (("to_floor", FLOOR), ("to_peft_lora", REFERENCE), ("to_mj_lora", MONKEY_JUMP))
+    return [(key, name) for key, name in references if name in present]
 
 
 def above_floor(measured: Mapping[str, Sequence[int]]) -> Record:

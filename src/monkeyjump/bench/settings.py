@@ -9,8 +9,8 @@ from typing import Any
 from monkeyjump.methods import METHODS
 from monkeyjump.tasks.errors import InputError, near_miss
 
-FLOOR, REFERENCE = "floor", "peft-lora"
-CANDIDATES = (FLOOR, REFERENCE, "peft-adalora", "mj-lora", "mj-lora-fa", "mj-adalora", "mj-propulsion")
+FLOOR, REFERENCE, MONKEY_JUMP = "floor", "peft-lora", "mj-lora"
+CANDIDATES = (FLOOR, REFERENCE, "peft-adalora", MONKEY_JUMP, "mj-lora-fa", "mj-adalora", "mj-propulsion")
 PEFTS_OWN = {"peft-lora": "lora", "peft-adalora": "adalora"}  # candidate -> method
 ALL = (FLOOR, *PEFTS_OWN, *(name for name in METHODS if name not in PEFTS_OWN.values()))
 FIGURE2 = (FLOOR, REFERENCE, "mixlora", "hydralora", "moelora", "moe-lora-fa", "moe-adalora", "mj-lora", "mj-adalora",
@@ -41,8 +41,8 @@ class Settings:
         batch, length: rows and tokens a row of a training step and of a forward pass.
         accumulation: training steps per optimizer step; only enters the training minutes.
         dtype: of the base model; adapters are float32.
-        experts, top_k: of the mixtures (MoLA: `experts` on average); `top_k` also of Monkey Jump, and not of
-            HydraLoRA, which mixes all.
+        experts, top_k: of the mixtures (MoLA: `experts` on average; MoRE: one LoRA with as many ranks as all
+            experts have); `top_k` also of Monkey Jump, and not of HydraLoRA, which mixes all.
         pairs: rounds, each with one pass of every candidate.
         optimizer: let AdamW step inside the timed training step.
         input_gradients: let gradients flow down to the embeddings in every candidate, as gradient

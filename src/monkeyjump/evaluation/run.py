@@ -20,13 +20,14 @@ from monkeyjump.evaluation.results import TaskResult, record_of, result_from, re
 from monkeyjump.evaluation.sandbox import check_tasks
 from monkeyjump.evaluation.scoring import answer, tokens_of
 from monkeyjump.mamba.loading import load_model
+from monkeyjump.moe.tasks import UNKNOWN
 from monkeyjump.tasks import Collator, InputError, LoadedTask
 from monkeyjump.tasks.cache import MANIFEST, sha256_of, verify_manifest, write_in_one_piece
 from monkeyjump.training import folder as files
 from monkeyjump.training.data import describe, fingerprint, load_tasks, prompts_for
 from monkeyjump.training.display import Display
 from monkeyjump.training.models import load, model_config, place_of
-from monkeyjump.training.subject import MODEL_CONFIG, Subject
+from monkeyjump.training.subject import MODEL_CONFIG, Subject, read_adapter
 
 FOLDER, RESULTS = "evaluation", "results.json"
 WEIGHTS = "*.safetensors"  # of a whole model
@@ -69,6 +70,9 @@ def evaluate(
         return known
     place = place_of(subject.model, display.note)
     tests = questions_of(subject, loaded, place, limit)
+    strangers = [one.task.name for one in tests if one.task_id == UNKNOWN]
+    if strangers and not base:
+        display.note(f"{', '.join(strangers)}: not among the adapter's tasks; each row takes the nearest of them")
     model = load_plain(subject, place) if base else load_subject(subject, place)
     collator = Collator.of(tests[0].prompts.tokenizer)
     if not base and subject.adapter is not None:
@@ -90,9 +94,17 @@ def questions_of(subject: Subject, loaded: Sequence[LoadedTask], place: str, lim
 
 
 def task_number(subject: Subject, name: str) -> int:
-    """A task's number in training, by which a task-routed adapter knows it; 0 for one that it was not trained on."""
-    names = [task.name for task in describe(subject.trained)]
-    return names.index(name) if name in names else 0
+    """The number by which an adapter that tells tasks apart knows a task.
+
+    MoRE has the names in its config, and takes the nearest of its tasks for one that is not among them; a router of
+    Monkey Jump takes it for the first that it was trained on.
+    """
+    adapter = {} if subject.adapter is None else read_adapter(subject.adapter)
+    if "num_tasks" in adapter:
+        names, unknown = adapter.get("task_names") or [], UNKNOWN
+    else:
+        names, unknown = [task.name for task in describe(subject.trained)], 0
+    return names.index(name) if name in names else unknown
 
 
 def load_plain(subject: Subject, place: str) -> Any:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from monkeyjump.tuner.adalora import share_of_step
 
@@ -38,6 +39,18 @@ class Seen:
     adapter: str
     layers: list[Any]
     notes: list[Any]
+
+    def check_whole(self, loss: str, weight: str) -> None:
+        """Refuse a loss over weights that are no longer there when a forward pass ends.
+
+        Raises:
+            ValueError: FSDP2 has sharded the layers; each block's weights are whole only while it runs.
+        """
+        if any(isinstance(parameter, DTensor) for parameter in self.layers[0].parameters()):
+            raise ValueError(
+                f"{loss} cannot be sharded by FSDP2: it reads the experts' weights after their blocks have run; set "
+                f"{weight}=0, or train under DDP"
+            )
 
     @property
     def device(self) -> torch.device:

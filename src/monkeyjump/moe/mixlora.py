@@ -14,7 +14,7 @@ from torch import nn
 
 from monkeyjump.moe import feed_forward
 from monkeyjump.moe.auxiliary import Seen, Term
-from monkeyjump.moe.config import LowRankExpertConfig, _field
+from monkeyjump.moe.config import LowRankExpertConfig, setting
 from monkeyjump.moe.feed_forward import NetworkProjection, NetworkRouter
 from monkeyjump.moe.layer import ExpertLayer, SingleLoRA
 from monkeyjump.moe.losses import load_balance
@@ -34,8 +34,8 @@ class MixLoRAConfig(LowRankExpertConfig):
     variant of it that mixes experts in the attention is `MixLoRAAttentionConfig`.
     """
 
-    balance_weight: float = _field(0.001, "Weight of the load-balance loss, over the tokens of all routers.")
-    feed_forward_modules: list[str] | str | None = _field(
+    balance_weight: float = setting(0.001, "Weight of the load-balance loss, over the tokens of all routers.")
+    feed_forward_modules: list[str] | str | None = setting(
         None, "Modules that are feed-forward networks, by name or regex. None: those that are called so."
     )
 
@@ -52,7 +52,7 @@ class MixLoRAAttentionConfig(LowRankExpertConfig):
     For comparisons that adapt the attention alone, where the original has no experts.
     """
 
-    balance_weight: float = _field(0.01, "Weight of the load-balance loss, a mean over routers.")
+    balance_weight: float = setting(0.01, "Weight of the load-balance loss, a mean over routers.")
 
     peft_name: ClassVar[str] = "MIXLORA_ATTN"
 

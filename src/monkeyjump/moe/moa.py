@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from monkeyjump.config import check_integer, check_number
 from monkeyjump.moe.auxiliary import Term
-from monkeyjump.moe.config import LowRankExpertConfig, _field, refuse_unread
+from monkeyjump.moe.config import LowRankExpertConfig, refuse_unread, setting
 from monkeyjump.moe.feed_forward import NETWORKS
 from monkeyjump.moe.layer import ExpertLayer, SingleLoRA
 from monkeyjump.moe.moa_block import BlockAdapters
@@ -36,19 +36,19 @@ class MoAConfig(LowRankExpertConfig):
     adapter in the attention. `parallel_size=0, prompt_length=0` leaves LoRA alone ("moa_lora").
     """
 
-    num_experts: Any = _field(None, "Not used: the experts are the adapters of a block.")
-    top_k: int | None = _field(None, "Not used: every adapter has a weight of its own.")
-    lora_alpha: float = _field(8, "alpha: updates are multiplied by alpha / r.")
-    variant: str = _field("soft", "soft: all adapters act, weighed; sparse: those above a threshold.")
-    router: str = _field("swiglu", "swiglu or linear.")
-    router_expansion: int = _field(4, "Hidden width of the SwiGLU router, per adapter.")
-    parallel_size: int = _field(16, "Bottleneck of the parallel adapter; 0: none.")
-    prompt_length: int | None = _field(None, "Vectors of the prompt adapter; None: 10 in soft, 0 in sparse.")
-    max_threshold: float = _field(0.5, "Gmax, above which the sparse variant's threshold does not rise.")
-    threshold: str = _field(
+    num_experts: Any = setting(None, "Not used: the experts are the adapters of a block.")
+    top_k: int | None = setting(None, "Not used: every adapter has a weight of its own.")
+    lora_alpha: float = setting(8, "alpha: updates are multiplied by alpha / r.")
+    variant: str = setting("soft", "soft: all adapters act, weighed; sparse: those above a threshold.")
+    router: str = setting("swiglu", "swiglu or linear.")
+    router_expansion: int = setting(4, "Hidden width of the SwiGLU router, per adapter.")
+    parallel_size: int = setting(16, "Bottleneck of the parallel adapter; 0: none.")
+    prompt_length: int | None = setting(None, "Vectors of the prompt adapter; None: 10 in soft, 0 in sparse.")
+    max_threshold: float = setting(0.5, "Gmax, above which the sparse variant's threshold does not rise.")
+    threshold: str = setting(
         "learned", "learned: weight max(w - G, 0), which trains G; fixed: w where it is at least Gmax / 2."
     )
-    feed_forward_modules: list[str] | str | None = _field(
+    feed_forward_modules: list[str] | str | None = setting(
         None, "Modules that are feed-forward networks, by name or regex. None: those that are called so."
     )
 

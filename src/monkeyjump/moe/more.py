@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from monkeyjump.config import check_integer, check_number
 from monkeyjump.moe.auxiliary import Seen, Term
-from monkeyjump.moe.config import LowRankExpertConfig, _field, refuse_unread
+from monkeyjump.moe.config import LowRankExpertConfig, refuse_unread, setting
 from monkeyjump.moe.layer import ExpertLayer, LowRankExperts
 from monkeyjump.moe.model import MoETuner
 from monkeyjump.moe.module import Companion, kaiming
@@ -47,12 +47,13 @@ class MoREConfig(LowRankExpertConfig):
     block the task whose embedding is nearest by cosine to the mean of its prompt.
     """
 
-    num_experts: Any = _field(None, "Not used: the experts are the ranks, r of them.")
-    top_k: int | None = _field(None, "Not used: the task chooses.")
-    num_tasks: int | None = _field(None, "T, tasks; their ids are 0 to T - 1. Required.")
-    rank_scale: str = _field("rank", "c: rank: r_t / r; tasks: r_t / T.")
-    contrastive_weight: float = _field(0.1, "Weight of the task-contrastive loss.")
-    contrastive_temperature: float = _field(0.05, "tau of the task-contrastive loss.")
+    num_experts: Any = setting(None, "Not used: the experts are the ranks, r of them.")
+    top_k: int | None = setting(None, "Not used: the task chooses.")
+    num_tasks: int | None = setting(None, "T, tasks; their ids are 0 to T - 1. Required without task_names.")
+    task_names: list[str] | None = setting(None, "Names of the tasks by id, by which evaluation knows them.")
+    rank_scale: str = setting("rank", "c: rank: r_t / r; tasks: r_t / T.")
+    contrastive_weight: float = setting(0.1, "Weight of the task-contrastive loss.")
+    contrastive_temperature: float = setting(0.05, "tau of the task-contrastive loss.")
 
     peft_name: ClassVar[str] = "MORE"
 
@@ -60,10 +61,24 @@ class MoREConfig(LowRankExpertConfig):
         refuse_unread(self, "MoRE's experts are the ranks of one LoRA, which its tasks choose; set r and num_tasks")
         super().check()
         check_integer("r", self.r, least=1)
+        self._check_names()
         check_integer("num_tasks", self.num_tasks, least=1)
         check_choice("rank_scale", self.rank_scale, RANK_SCALES)
         check_number("contrastive_weight", self.contrastive_weight, "of at least 0", lambda v: v >= 0)
         check_number("contrastive_temperature", self.contrastive_temperature, "above 0", lambda v: v > 0)
+
+    def _check_names(self) -> None:
+        names = self.task_names
+        if names is None:
+            return
+        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"task_names={names!r} is out of range: use a list of strings")
+        if len(set(names)) < len(names):
+            raise ValueError(f"task_names={names!r} is out of range: name each task once")
+        if self.num_tasks is None:
+            self.num_tasks = len(names)
+        elif len(names) > self.num_tasks:
+            raise ValueError(f"task_names has {len(names)} names, but num_tasks={self.num_tasks}; leave num_tasks out")
 
     def expert_counts(self) -> list[int]:
         return [self.r]

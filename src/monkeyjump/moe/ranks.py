@@ -65,6 +65,7 @@ class ExpertRanks(RankAllocator):
 
 def expert_orthogonality(seen: Seen) -> Tensor:
     """`orthogonality` of every expert's P and Q."""
+    seen.check_whole("orthogonality", "orth_reg_weight")
     adapter, matrices = seen.adapter, []
     for layer in seen.layers:
         matrices += [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 # set by PEFT or by us, never by a person
 INTERNAL = {"peft_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "base_fingerprint",
-            "peft_version", "runtime_config", "task_type", "base"}  # fmt: skip
+            "peft_version", "runtime_config", "task_type", "base", "task_names"}  # fmt: skip
 OF_ROUTING = {"top_k"}  # of a preset: they are Monkey Jump's, though mixtures have a field of the same name
 UNKNOWN_STEPS = 1_000_000  # stands for the number of a run's steps where a config is made only to be checked
 
@@ -75,20 +76,28 @@ def check_method(base: str, routed: bool, preset: str, options: dict[str, Any]) 
 
 
 def adapter_config(
-    method: Method, model: nn.Module, total_steps: int | None = None, tasks: int | None = None
+    method: Method, model: nn.Module, total_steps: int | None = None, tasks: Sequence[str] = ()
 ) -> PeftConfig:
     """The config for `get_peft_model`.
 
     Args:
         model: the base model; it tells the default targets.
         total_steps: optimizer steps of the run, over which AdaLoRA spreads its rank schedule; None: unknown.
-        tasks: of the run, for methods that ask for their number; None: unknown.
+        tasks: names of the run's, for methods that have parameters of each; none: unknown.
+
+    Raises:
+        InputError: the run has more tasks than the method is told.
     """
     options = dict(method.options)
     fields = adapter_fields(method.base, method.routed)
-    for name, of_the_run in (("total_step", total_steps), ("num_tasks", tasks)):
-        if name in fields and name not in options:
-            options[name] = of_the_run
+    if "total_step" in fields:
+        options.setdefault("total_step", total_steps)
+    if "num_tasks" in fields and tasks:
+        if options.setdefault("num_tasks", len(tasks)) < len(tasks):
+            raise InputError(
+                f"method.num_tasks: {options['num_tasks']}, but data.tasks has {len(tasks)}", hint="leave num_tasks out"
+            )
+        options["task_names"] = list(tasks)
     preset = PRESETS[method.preset].config
     if (
         not method.routed

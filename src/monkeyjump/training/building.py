@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from monkeyjump import initialize_centers
 from monkeyjump.training.adapters import adapter_config, add_adapter
 from monkeyjump.training.config import Centers, RunConfig
+from monkeyjump.training.data import describe
 from monkeyjump.training.models import load
 from monkeyjump.tuner.router import LATE_INITS, Router
 
@@ -29,7 +30,7 @@ class Rows(Protocol):
 def build_model(config: RunConfig, place: str, total_steps: int | None = None) -> Any:
     """A newly read base with an adapter drawn from `train.seed`: no run sees what another left behind."""
     base = load(config.model, place)
-    adapter = adapter_config(config.method, base, total_steps, len(config.data.tasks))
+    adapter = adapter_config(config.method, base, total_steps, [task.name for task in describe(config.data)])
     transformers.set_seed(config.train.seed)
     return add_adapter(base, adapter, place)
 

@@ -107,7 +107,8 @@ def make_plan(config: RunConfig, parameters_only: bool = False, say: Say = lambd
     place = place_of(config.model, say)
     base_config = model_config(config.model, place)
     base = skeleton(config.model, place)
-    skeletal = _plan_parameters(plan, base, adapter_config(config.method, base, tasks=len(config.data.tasks)), place)
+    numbers = [str(number) for number in range(len(config.data.tasks))]  # how many there are is all that counts here
+    skeletal = _plan_parameters(plan, base, adapter_config(config.method, base, tasks=numbers), place)
     data = None if parameters_only else _plan_data(plan, config, place, say)
     tokens = config.train.batch_size * (data.checked.longest if data else config.data.max_length)
     kept = None

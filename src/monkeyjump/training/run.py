@@ -26,7 +26,7 @@ from monkeyjump.training.callbacks import Step, barrier
 from monkeyjump.training.checkpoints import clear_aside, latest, number_of
 from monkeyjump.training.config import RunConfig
 from monkeyjump.training.coverage import coverage
-from monkeyjump.training.data import RunCollator, RunData, prepare
+from monkeyjump.training.data import RunCollator, RunData, describe, prepare
 from monkeyjump.training.display import Display
 from monkeyjump.training.fit import Fitted, Watch, fit
 from monkeyjump.training.models import place_of, skeleton
@@ -92,7 +92,7 @@ def _check_folder(folder: Path, config: RunConfig, resume: bool) -> bool:
 def _check_adapter(config: RunConfig, place: str) -> None:
     """Puts the adapter on the model's skeleton: what does not fit is told before anything is written."""
     base = skeleton(config.model, place)
-    add_adapter(base, adapter_config(config.method, base, tasks=len(config.data.tasks)), place)
+    add_adapter(base, adapter_config(config.method, base, tasks=[task.name for task in describe(config.data)]), place)
 
 
 def _check_data(folder: Path, data: RunData, going_on: bool) -> None:
