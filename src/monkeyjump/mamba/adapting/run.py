@@ -30,19 +30,20 @@ from monkeyjump.mamba.loading import load_model
 from monkeyjump.mamba.masks import MaskUpdate
 from monkeyjump.mamba.order import OrderUpdate
 from monkeyjump.mamba.perplexity import perplexity
-from monkeyjump.mamba.pretraining.model import save_model, save_tokenizer
-from monkeyjump.mamba.pretraining.trainer import HeldOut, WindowTrainer, training_arguments
-from monkeyjump.mamba.pretraining.windows import Windows, collate, encode, windows_in
+from monkeyjump.mamba.text_runs.trainer import HeldOut, WindowTrainer, training_arguments
+from monkeyjump.mamba.text_runs.windows import Windows, collate, encode, windows_in
 from monkeyjump.mamba.text_runs.corpus import read_texts, recorded_facts
 from monkeyjump.mamba.text_runs.fitting import fit, planned_steps
+from monkeyjump.mamba.text_runs.opening import done_already, lay_out, stop_if_asked
+from monkeyjump.mamba.text_runs.saving import save_model
 from monkeyjump.mamba.text_runs.settings import begun, going_on, write_settings
 from monkeyjump.mamba.texts import Documents, first_of
 from monkeyjump.tasks.errors import InputError
 from monkeyjump.tasks.models import check_model, load_tokenizer
 from monkeyjump.training import folder as files
-from monkeyjump.training.checkpoints import ASIDE, clear_aside, latest
+from monkeyjump.training.checkpoints import ASIDE, clear_aside
 from monkeyjump.training.run import Display
-from monkeyjump.training.signals import Interrupted, Interrupts
+from monkeyjump.training.signals import Interrupts
 
 WATCHED = 60_000  # characters of the held-out text that are scored on the way
 CALIBRATION = 1_000_003  # apart from the seeds of training windows
@@ -72,25 +73,18 @@ def adapt(run: AdaptRun, display: Display, resume: bool = False) -> Path:
     """
     folder = run.output
     started = begun(run, resume)
-    if started and files.is_done(folder):
-        display.note(f"{folder} is done already")
+    if started and done_already(run, display):
         return folder
     with Interrupts(f"interrupted; {going_on(run)}") as interrupts:
         with files.made(folder, "--output"):
             found = _prepare(run, display)
             facts = _facts(run, found)
             write_settings(run)
-        (folder / files.CHECKPOINTS).mkdir(exist_ok=True)
-        clear_aside(folder / files.CHECKPOINTS)
-        files.clear(folder)
-        save_tokenizer(found.tokenizer, folder)
-        files.write_facts(folder, facts)
+        checkpoint = lay_out(run, found.tokenizer, facts)
         for line in lines(found.stages, found.model):
             display.note(line)
-        checkpoint = latest(folder / files.CHECKPOINTS) if started else None
         stages, step = _fit(run, found, facts["steps"], checkpoint, interrupts, display)
-        if interrupts.received:
-            raise Interrupted(f"interrupted; step {step} is saved; {going_on(run)}", interrupts.received)
+        stop_if_asked(run, interrupts, step)
     _finish(run, found, stages, facts, display)
     return folder
 
@@ -98,7 +92,7 @@ def adapt(run: AdaptRun, display: Display, resume: bool = False) -> Path:
 def _prepare(run: AdaptRun, display: Display) -> Prepared:
     settings = run.settings
     check_model(run.model)
-    train, held_out = read_texts(run, display)
+    train, held_out = read_texts(run.text, run.held_out_text, settings.held_out, settings.seed, display)
     tokenizer = load_tokenizer(run.model)
     if tokenizer.eos_token_id is None:
         raise InputError(f"model: the tokenizer of '{run.model}' has no end-of-text token to part documents with")

@@ -14,11 +14,11 @@ from monkeyjump.mamba.loading import load_model
 from monkeyjump.mamba.order import ChannelOrder
 from monkeyjump.mamba.order.order import METHODS
 from monkeyjump.mamba.perplexity import check_window
-from monkeyjump.mamba.pretraining.model import save_model, save_tokenizer
-from monkeyjump.mamba.pretraining.windows import encode, windows_in
+from monkeyjump.mamba.text_runs.saving import save_model, save_tokenizer
+from monkeyjump.mamba.text_runs.windows import encode, windows_in
 from monkeyjump.mamba.selection import select_kept
 from monkeyjump.mamba.shrink import repair, shrink
-from monkeyjump.mamba.texts import apart, hold_out, read_documents
+from monkeyjump.mamba.text_runs.corpus import read_texts
 from monkeyjump.suggest import check_choice
 from monkeyjump.tasks.errors import InputError
 from monkeyjump.tasks.models import check_model, load_tokenizer
@@ -54,14 +54,7 @@ def shrink_model(request: ShrinkRequest, display: Display) -> dict[str, Any]:
         SaveFailed: the disk is full.
     """
     _check(request)
-    train = read_documents(request.text, display.note)
-    if request.held_out_text:
-        held_out = read_documents(request.held_out_text, display.note)
-    else:
-        train, held_out = hold_out(train, HELD_OUT, request.seed)
-    train = apart(train, held_out)
-    if not train.texts or not held_out.texts:
-        raise InputError(f"{train.origin}: no text is left beside the part that is held out", hint="give more text")
+    train, held_out = read_texts(request.text, request.held_out_text, HELD_OUT, request.seed, display)
     tokenizer = load_tokenizer(request.model)
     stream = encode(tokenizer, train.texts)
     windows_in(stream, request.context_length)

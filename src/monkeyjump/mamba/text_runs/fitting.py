@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
 from monkeyjump.mamba.presets import Training
-from monkeyjump.mamba.pretraining.trainer import HeldOut, WindowTrainer
-from monkeyjump.mamba.pretraining.windows import Windows, collate, windows_in
+from monkeyjump.mamba.text_runs.trainer import HeldOut, WindowTrainer
+from monkeyjump.mamba.text_runs.windows import Windows, collate, windows_in
 from monkeyjump.training import folder as files
 from monkeyjump.training.callbacks import Checkpoints, FiniteGradients, Metrics, Step, StopOnSignal
 from monkeyjump.training.checkpoints import number_of
