@@ -108,6 +108,8 @@ def fit(
 
 
 def losses(step: Step) -> str:
-    """The cross-entropy, and the regularizer where there is one."""
-    extra = f" + regularizer {step.metrics['regularizer']:.4f}" if "regularizer" in step.metrics else ""
-    return f"loss {step.loss:.3f}{extra}, lr {step.metrics['learning_rate']:.2e}"
+    """Their sum and its parts, where there is a regularizer beside the cross-entropy."""
+    said = f"loss {step.loss:.3f}"
+    if (extra := step.metrics.get("regularizer")) is not None:
+        said = f"loss {step.loss + extra:.3f} (cross-entropy {step.loss:.3f} + regularizer {extra:.2g})"
+    return f"{said}, lr {step.metrics['learning_rate']:.2e}"

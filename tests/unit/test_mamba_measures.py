@@ -1,0 +1,77 @@
+"""What `adapt` measures of a model, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from monkeyjump.allocation import allocate_peft, attach_peft, merge_peft
+from monkeyjump.mamba.adapting.measures import efficiency, flops_per_token, forward_peak, preservation
+from monkeyjump.mamba.adapting.stages import path_cost
+from monkeyjump.mamba.order import ChannelOrder
+from tiny_mamba import batches, jamba, mamba
+
+
+class Allocates(nn.Module):
+    """Holds 4,000 and 4,000 bytes at once, then 4,000 and 8,000."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(10_000))
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
+        first = torch.zeros(1000)
+        second = first + 1
+        del first
+        return SimpleNamespace(logits=torch.cat([second, second]))
+
+
+def test_the_peak_of_a_pass_is_of_what_lives_at_once() -> None:
+    assert forward_peak(Allocates(), {"input_ids": torch.zeros(1, 1)}) == 12_000
+
+
+def test_preservation_is_the_mean_cosine() -> None:
+    masked = [torch.tensor([[[1.0, 0.0], [0.0, 2.0]]]), torch.tensor([[[3.0, 0.0]]])]
+    whole = [torch.tensor([[[5.0, 0.0], [1.0, 1.0]]]), torch.tensor([[[-1.0, 0.0]]])]
+    assert preservation(masked, whole) == pytest.approx((1 + math.sqrt(0.5) - 1) / 3)
+
+
+def test_adapters_cost_their_product_once_a_pass() -> None:
+    """B A of rank 2 on in_proj [64, 16]: 2 * 64 * 2 * 16 operations, shared by the tokens."""
+    model, batch = mamba(), batches(1)[0]
+    before = flops_per_token(model, batch)
+    plan = allocate_peft(model, {"backbone.layers.0.mixer.in_proj": 1.0}, 1.0, 1.0, peft_r=2, peft_alpha=4)
+    attach_peft(model, plan, batch)
+    adapted = flops_per_token(model, batch)
+    assert adapted - before == pytest.approx(2 * 64 * 2 * 16 / batch["input_ids"].numel())
+    merge_peft(model)
+    assert flops_per_token(model, batch) == before
+
+
+def test_the_score_stands_beside_its_parts_and_is_missing_where_flops_cannot_be_counted() -> None:
+    found = efficiency(mamba(), batches(2))
+    parts = math.log(found["accuracy"]) if found["accuracy"] else -math.inf
+    assert found["log_efficiency"] == pytest.approx(
+        parts - math.log(found["flops_per_token"]) - math.log(found["parameters"])
+    )
+    found = efficiency(jamba(), batches(2))
+    assert found["flops_per_token"] is found["log_efficiency"] is None
+
+
+def test_the_path_cost_is_of_all_blocks_and_of_the_correlation_order_alone() -> None:
+    order = ChannelOrder("correlation")
+    order.update(mamba(), batches())
+    cost = path_cost(order)
+    assert cost is not None
+    assert cost["before"] == pytest.approx(sum(block.cost_before for block in order.blocks))
+    assert cost["after"] < cost["before"]
+    assert cost["reduction"] == pytest.approx(1 - cost["after"] / cost["before"])
+    other = ChannelOrder("identity")
+    other.update(mamba())
+    assert path_cost(other) is None
+    assert path_cost(None) is None
