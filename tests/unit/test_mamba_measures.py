@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from monkeyjump.allocation import allocate_peft, attach_peft, merge_peft
-from monkeyjump.mamba.adapting.measures import efficiency, flops_per_token, forward_peak, preservation
+from monkeyjump.allocation import allocate_peft, attach_peft
+from monkeyjump.mamba.adapting.measures import adapter_flops, efficiency, forward_peak, preservation
 from monkeyjump.mamba.adapting.stages import path_cost
+from monkeyjump.mamba.flops import forward_flops
 from monkeyjump.mamba.order import ChannelOrder
 from tiny_mamba import batches, jamba, mamba
 
@@ -42,15 +43,16 @@ def test_preservation_is_the_mean_cosine() -> None:
 
 
 def test_adapters_cost_their_product_once_a_pass() -> None:
-    """B A of rank 2 on in_proj [64, 16]: 2 * 64 * 2 * 16 operations, shared by the tokens."""
+    """B A of rank 2 on in_proj [64, 16] as torch counts it; IA³ on conv1d [32, 4] by hand."""
     model, batch = mamba(), batches(1)[0]
-    before = flops_per_token(model, batch)
-    plan = allocate_peft(model, {"backbone.layers.0.mixer.in_proj": 1.0}, 1.0, 1.0, peft_r=2, peft_alpha=4)
+    names = [f"backbone.layers.0.mixer.{leaf}" for leaf in ("in_proj", "conv1d", "x_proj")]
+    plan = allocate_peft(model, dict(zip(names, (3.0, 2.0, 1.0))), 0.7, 0.5, peft_r=2, peft_alpha=4)
+    assert [one.kind for one in plan.modules] == ["lora", "ia3", "frozen"]
+    before = forward_flops(model, *batch["input_ids"].shape).matmul
     attach_peft(model, plan, batch)
-    adapted = flops_per_token(model, batch)
-    assert adapted - before == pytest.approx(2 * 64 * 2 * 16 / batch["input_ids"].numel())
-    merge_peft(model)
-    assert flops_per_token(model, batch) == before
+    counted = forward_flops(model, *batch["input_ids"].shape).matmul - before
+    assert counted == 2 * 64 * 2 * 16
+    assert adapter_flops(model, plan) == counted + 32 * 4
 
 
 def test_the_score_stands_beside_its_parts_and_is_missing_where_flops_cannot_be_counted() -> None:

@@ -47,6 +47,8 @@ def _log_efficiency(score: dict[str, Any]) -> str:
 
 def _lines(result: dict[str, Any]) -> Iterator[str]:
     speed = result["latency"]
+    after = speed["after"]
+    yield f"the model after: {after['speed']:.2f} x as fast [{after['low']:.2f}, {after['high']:.2f}]"
     if "order alone" in speed:
         alone = speed["order alone"]
         yield (

@@ -10,7 +10,7 @@ from torch import Tensor
 from monkeyjump.allocation import adapter_parameters, attach_peft, merge_peft, remove_peft, save_peft
 from monkeyjump.allocation.attach import load_parameters
 from monkeyjump.mamba.adapting.mask_files import MASKS, SavedMasks, save_masks
-from monkeyjump.mamba.adapting.measures import flops_per_token, hidden_states, preservation
+from monkeyjump.mamba.adapting.measures import adapter_flops, hidden_states, preservation
 from monkeyjump.mamba.adapting.peft_format import write_peft
 from monkeyjump.mamba.adapting.stages import Stages
 from monkeyjump.mamba.masks import LearnedMasks
@@ -35,7 +35,7 @@ def export(
     undone = {name: inverse(order) for name, order in orders.items()}
     if stages.order is not None:
         stages.order.save(folder / ORDER)
-    found: dict[str, Any] = {"peft": [], "peft_refused": {}, "adapter_flops_per_token": None}
+    found: dict[str, Any] = {"peft": [], "peft_refused": {}}
     kept = None
     if stages.masks is not None:
         kept, masks = stages.masks.kept(), SavedMasks.of(stages.masks)
@@ -48,11 +48,8 @@ def export(
         written, found["peft_refused"] = write_peft(model, stages.plan, folder / PEFT, display)
         found["peft"] = [str(path.relative_to(folder)) for path in written]
         fold(model, orders)
-        with_adapters = flops_per_token(model, batches[0])
+        found["adapter_flops_per_pass"] = adapter_flops(model, stages.plan)
         merge_peft(model)
-        merged = flops_per_token(model, batches[0])
-        if with_adapters is not None and merged is not None:
-            found["adapter_flops_per_token"] = with_adapters - merged
     found["parameters_before"] = model.num_parameters()
     if stages.masks is not None and kept is not None:
         before = {name: group.units for name, group in stages.masks.groups.items()}

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from monkeyjump.allocation import PeftPlan
+from monkeyjump.allocation.matrices import known_matrices
 from monkeyjump.bench.timing import Work, interleaved, ratio
 from monkeyjump.mamba.evaluating import evaluating
 from monkeyjump.mamba.flops import forward_flops
@@ -67,12 +69,19 @@ def efficiency(model: Any, batches: list[dict[str, Tensor]]) -> dict[str, float 
 
 
 def flops_per_token(model: Any, batch: dict[str, Tensor]) -> float | None:
-    """Of a forward pass, adapters that are on the weights included; None where they cannot be counted."""
+    """Of a forward pass; None where they cannot be counted."""
     rows, length = batch["input_ids"].shape
     try:
         return forward_flops(model, rows, length).total / (rows * length)
     except ValueError:
         return None
+
+
+def adapter_flops(model: Any, plan: PeftPlan) -> int:
+    """What adapters on the weights add to a forward pass, whatever its tokens: `B A` of LoRA, the product of IA³."""
+    matrices = known_matrices(model, [one.name for one in plan.modules], "plan")
+    factor = {one.name: {"lora": 2 * one.rank, "ia3": 1, "frozen": 0}[one.kind] for one in plan.modules}
+    return sum(factor[name] * matrix.d_out * matrix.d_in for name, matrix in matrices.items())
 
 
 def hidden_states(model: Any, batch: dict[str, Tensor]) -> Tensor:
