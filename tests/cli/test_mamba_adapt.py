@@ -23,14 +23,16 @@ def folder(mamba_folder: Path) -> Path:
     return mamba_folder
 
 
-def test_interrupted_and_resumed_equals_uninterrupted_and_the_parts_belong_together(mamba, folder: Path):
+@pytest.mark.parametrize("method", ["correlation", "importance"])
+def test_interrupted_and_resumed_equals_uninterrupted_and_the_parts_belong_together(mamba, folder: Path, method: str):
     code, lines = mamba(
-        "adapt", "model", "text.txt", "--output", "out", "--steps", "10", "--set", "order_method=correlation", *FAST
+        "adapt", "model", "text.txt", "--output", "out", "--steps", "10", "--set", f"order_method={method}", *FAST
     )
     assert code == 0, lines
     said = "\n".join(lines)
-    for words in ("correlation matrix (32, 32), path cost", "LoRA: ", "IA³: ", "trainable parameters: "):
+    for words in ("LoRA: ", "IA³: ", "trainable parameters: ", "cross-entropy ", "average sparsity 0.500, target 0.5"):
         assert words in said
+    assert ("correlation matrix (32, 32), path cost" in said) == (method == "correlation")
     found = result(folder / "out")
     assert found["units"] == 32  # of 2 layers of 32
     model = load_model(folder / "out")

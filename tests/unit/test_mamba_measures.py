@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from monkeyjump.allocation import allocate_peft, attach_peft
 from monkeyjump.mamba.adapting.measures import adapter_flops, efficiency, forward_peak, preservation
 from monkeyjump.mamba.adapting.stages import path_cost
+from monkeyjump.mamba.channel_importance import channel_importance
+from monkeyjump.mamba.channels import channel_groups
 from monkeyjump.mamba.flops import forward_flops
+from monkeyjump.mamba.masks import MaskConfig, attach_masks
 from monkeyjump.mamba.order import ChannelOrder
 from tiny_mamba import batches, jamba, mamba
 
@@ -63,6 +66,21 @@ def test_the_score_stands_beside_its_parts_and_is_missing_where_flops_cannot_be_
     )
     found = efficiency(jamba(), batches(2))
     assert found["flops_per_token"] is found["log_efficiency"] is None
+
+
+def test_importance_is_of_the_channels_that_masks_leave_now() -> None:
+    """Gates are decided when the model runs: what was closed the moment before must not be scored."""
+    model = mamba()
+    groups = channel_groups(model)
+    masks = attach_masks(model, MaskConfig(target_sparsity=0.5), channel_importance(model, batches(), groups))
+    masks.target = 0.5
+    for sign in (1, -1):  # the other half closes
+        with torch.no_grad():
+            for gate in masks.gates.values():
+                gate.logits.copy_(sign * torch.linspace(-3, 3, gate.logits.numel()))
+        scores = channel_importance(model, batches(1), channel_groups(model))
+        for name, units in masks.kept().items():
+            assert scores[name].nonzero().flatten().tolist() == units.tolist()
 
 
 def test_the_path_cost_is_of_all_blocks_and_of_the_correlation_order_alone() -> None:

@@ -1,12 +1,14 @@
 """Learned masks as a file, to cut by them later, at any sparsity.
 
-masks.safetensors   "logits.<block>" float32 [units], "kept.<block>" bool [units]; metadata: format, target_sparsity
+masks.safetensors   "logits.<block>" float32 [units], "kept.<block>" bool [units]
+                    metadata "masks": JSON with format and target_sparsity
 
 Units are numbered as in the model that was given to `adapt`, before an order was folded in.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +26,8 @@ from monkeyjump.tasks.errors import InputError
 from monkeyjump.training.checkpoints import sync
 from monkeyjump.training.saving import no_space
 
-MASKS, FORMAT = "masks.safetensors", "monkeyjump masks 1"
+MASKS, FORMAT = "masks.safetensors", 1
+ABOUT = "masks"  # one entry of metadata: safetensors writes several in a random order, and bytes would differ
 LOGITS, KEPT = "logits.", "kept."
 
 
@@ -68,7 +71,7 @@ def save_masks(masks: SavedMasks, path: Path) -> None:
     tensors |= {f"{KEPT}{name}": stay.contiguous() for name, stay in masks.kept.items()}
     aside = path.with_name(f".{path.name}-{os.getpid()}")
     with no_space(path.parent):
-        save_file(tensors, aside, {"format": FORMAT, "target_sparsity": repr(masks.sparsity)})
+        save_file(tensors, aside, {ABOUT: json.dumps({"format": FORMAT, "target_sparsity": masks.sparsity})})
         sync(aside)
         aside.replace(path)
 
@@ -86,7 +89,7 @@ def load_masks(place: Path) -> SavedMasks:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
+            about = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise InputError(f"{path}: no whole safetensors file ({error})", hint="copy it again") from error
