@@ -49,9 +49,9 @@ from monkeyjump.mamba.channels import channel_groups
 from monkeyjump.mamba.masks import MaskConfig, attach_masks
 from monkeyjump.mamba.order import ChannelOrder
 from monkeyjump.mamba.order.order import METHODS
-from monkeyjump.mamba.pretraining.windows import Windows, collate, encode
 from monkeyjump.mamba.selection import select_kept
 from monkeyjump.mamba.shrink import repair, shrink
+from monkeyjump.mamba.text_runs.windows import Windows, collate, encode
 from monkeyjump.mamba.texts import read_documents
 
 Batch = dict[str, Tensor]

@@ -8,78 +8,31 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import MambaConfig, MambaForCausalLM
+from mamba_inputs import FAST, metrics, result, write_base
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from monkeyjump.allocation import load_peft, merge_peft
-from monkeyjump.cli import app
 from monkeyjump.mamba.channels import channel_groups
 from monkeyjump.mamba.loading import load_model
 from monkeyjump.mamba.order import ChannelOrder, fold
-from monkeyjump.mamba.pretraining.tokenizer import train_tokenizer
-
-ANIMALS = ("cat", "dog", "hen", "fox", "eel")
-SMALL = {
-    "context_length": 24, "batch_size": 4, "learning_rate": 0.02, "log_every": 1, "save_every": 4,
-    "evaluate_every": 6, "keep": 9, "calibration_batches": 2, "peft_r": 2, "peft_alpha": 4,
-    "peft_application_ratio": 0.5, "scan_update_frequency": 3, "target_sparsity": 0.5,
-}  # fmt: skip
-FAST = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Text, and a random Mamba with a tokenizer of that text."""
-    folder = tmp_path_factory.mktemp("base")
-    lines = (f"The {ANIMALS[n % 5]} number {n} likes the {ANIMALS[(n + 1) % 5]}.\n" for n in range(200))
-    text = "".join(lines)
-    (folder / "text.txt").write_text(text)
-    tokenizer = train_tokenizer([text], 300, 24)
-    torch.manual_seed(0)
-    config = MambaConfig(
-        vocab_size=300, hidden_size=16, num_hidden_layers=2, state_size=4, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    MambaForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    return folder
 
 
 @pytest.fixture
-def folder(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(base, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def folder(mamba_folder: Path) -> Path:
+    return mamba_folder
 
 
-@pytest.fixture
-def mamba(folder: Path, capsys: pytest.CaptureFixture[str]):
-    """Runs a command line in this process: its exit code and its lines on stdout and stderr."""
-
-    def mamba(*arguments: str):
-        code = app.run(["mamba", *arguments])
-        said = capsys.readouterr()
-        return code, (said.out + said.err).splitlines()
-
-    return mamba
-
-
-def result(folder: Path) -> dict:
-    return json.loads((folder / "result.json").read_text())
-
-
-def metrics(folder: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if "runtime" not in k and "second" not in k} for line in lines]
-
-
-def test_interrupted_and_resumed_equals_uninterrupted_and_the_parts_belong_together(mamba, folder: Path):
+@pytest.mark.parametrize("method", ["correlation", "importance"])
+def test_interrupted_and_resumed_equals_uninterrupted_and_the_parts_belong_together(mamba, folder: Path, method: str):
     code, lines = mamba(
-        "adapt", "model", "text.txt", "--output", "out", "--steps", "10", "--set", "order_method=correlation", *FAST
+        "adapt", "model", "text.txt", "--output", "out", "--steps", "10", "--set", f"order_method={method}", *FAST
     )
     assert code == 0, lines
     said = "\n".join(lines)
-    for words in ("correlation matrix (32, 32), path cost", "LoRA: ", "IA³: ", "trainable parameters: "):
+    for words in ("LoRA: ", "IA³: ", "trainable parameters: ", "cross-entropy ", "average sparsity 0.500, target 0.5"):
         assert words in said
+    assert ("correlation matrix (32, 32), path cost" in said) == (method == "correlation")
     found = result(folder / "out")
     assert found["units"] == 32  # of 2 layers of 32
     model = load_model(folder / "out")
@@ -104,21 +57,58 @@ def test_interrupted_and_resumed_equals_uninterrupted_and_the_parts_belong_toget
     assert all(result(moved)[name] == found[name] for name in same)
 
 
-def test_base_order_and_adapter_of_the_folder_give_its_model(mamba, folder: Path):
-    """The order was folded anew in training, so that the adapter belongs to the last one."""
+def test_the_base_as_it_was_given_and_the_adapter_of_the_folder_give_its_model(mamba, folder: Path):
+    """The order was folded anew in training: what is saved beside the model is as if it never had been."""
     arguments = ("--steps", "7", "--set", "scan_update_frequency=3", "--no-masks")
     code, lines = mamba("adapt", "model", "text.txt", "--output", "out", *FAST, *arguments)
     assert code == 0, lines
+    assert "step 6: channel order measured and folded in again" in lines
     order, base, ids = ChannelOrder.load("out/order"), load_model("model"), torch.arange(20)[None]
     assert order.updates == 3
+    assert any((one != torch.arange(len(one))).any() for one in order.orders.values())
     before = base(input_ids=ids).logits
-    fold(base, order.orders)
-    load_peft(base, "out/adapter")
+    load_peft(base, "out/adapter")  # a warning, hence an error, if the fingerprint were that of the ordered base
     merge_peft(base)
     with torch.no_grad():
-        found, expected = load_model("out")(input_ids=ids).logits, base(input_ids=ids).logits
+        made, expected = load_model("out"), base(input_ids=ids).logits
+        assert (made(input_ids=ids).logits - expected).abs().max() < 1e-5
+    assert (expected - before).abs().max() > 1e-3
+    fold(base, order.orders)
+    for name, found in made.named_parameters():
+        torch.testing.assert_close(found, base.get_parameter(name), rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_peft_format_loads_into_peft_and_gives_the_model(mamba, folder: Path, kind: str):
+    write_base(folder, kind)
+    same = ("--steps", "5", "--no-masks", *FAST, "--set", "importance_threshold=0.5", "--set", "learning_rate=0.1")
+    code, lines = mamba("adapt", "model", "text.txt", "--output", "out", *same, "--peft-format")
+    assert code == 0, lines
+    kinds = [path.name for path in (folder / "out" / "peft").iterdir()]
+    assert "lora" in kinds
+    assert sorted(f"peft/{name}" for name in kinds) == sorted(result(folder / "out")["peft"])
+    model, ids = AutoModelForCausalLM.from_pretrained("model"), torch.arange(20)[None]  # Hugging Face's own mixers
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        for name in ("lora", "ia3"):
+            if name in kinds:
+                model = PeftModel.from_pretrained(model, f"out/peft/{name}").merge_and_unload()
+        found, expected = model(input_ids=ids).logits, load_model("out")(input_ids=ids).logits
     assert (found - expected).abs().max() < 1e-5
     assert (found - before).abs().max() > 1e-3
+
+
+def test_what_peft_cannot_hold_is_listed_and_no_part_of_it_is_written(mamba, folder: Path):
+    same = ("--steps", "1", "--no-masks", *FAST, "--set", "peft_application_ratio=1")
+    code, lines = mamba("adapt", "model", "text.txt", "--output", "out", *same)
+    assert code == 0, lines
+    refused = result(folder / "out")["peft_refused"]
+    assert {name.rpartition(".")[2] for name in refused} == {"conv1d", "dt_proj", "out_proj"}
+    said = " ".join(" ".join(lines).split())  # lines are wrapped
+    assert f"peft/ is not written: PEFT's format cannot hold {len(refused)} of 10 adapters" in said
+    assert all(f"{name}: {reason}" in said for name, reason in refused.items())
+    assert not (folder / "out" / "peft").exists()
+    assert (folder / "out" / "adapter" / "adapters.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,7 @@ def test_a_signal_saves_and_a_kill_goes_on(pretrain, folder: Path, number: int):
 
 
 def test_a_half_written_model_is_not_taken_for_one(pretrain, folder: Path, monkeypatch: pytest.MonkeyPatch):
-    from monkeyjump.mamba.pretraining import model as place
+    from monkeyjump.mamba.text_runs import saving as place
 
     def damaged(path: Path) -> dict[str, torch.Tensor]:
         found = load_file(path)

@@ -11,8 +11,8 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from monkeyjump.mamba.presets import PRESETS, pretraining_config, training_config
 from monkeyjump.mamba.pretraining.tokenizer import train_tokenizer
-from monkeyjump.mamba.pretraining.trainer import WindowTrainer, training_arguments
-from monkeyjump.mamba.pretraining.windows import Windows, collate, encode
+from monkeyjump.mamba.text_runs.trainer import WindowTrainer, training_arguments
+from monkeyjump.mamba.text_runs.windows import Windows, collate, encode
 from monkeyjump.mamba.texts import Documents, hold_out, iterate, read_documents
 from monkeyjump.tasks import InputError
 

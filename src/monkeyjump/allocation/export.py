@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from monkeyjump.allocation.attach import adapter_parameters, attached
-from monkeyjump.allocation.plan import ModulePlan, PeftPlan
+from monkeyjump.allocation.plan import Kind, ModulePlan, PeftPlan
 from monkeyjump.tasks.cache import folder_in_one_piece
 from monkeyjump.tuner.folder import PREFIX
 from monkeyjump.tuner.reach import why_silent
@@ -41,7 +41,7 @@ def export_peft(model: nn.Module, folder: str | Path) -> list[Path]:
     reasons = [
         f"{one.name} ({reason})"
         for one in plan.modules
-        if one.kind != "frozen" and (reason := _unsupported(model, one))
+        if one.kind != "frozen" and (reason := why_not_exported(model, one.name, one.kind))
     ]
     if reasons:
         more = f" and {len(reasons) - 3} more" if len(reasons) > 3 else ""
@@ -62,15 +62,16 @@ def export_peft(model: nn.Module, folder: str | Path) -> list[Path]:
     return written
 
 
-def _unsupported(model: nn.Module, one: ModulePlan) -> str | None:
-    if isinstance(model.get_submodule(one.name), nn.Conv1d):
+def why_not_exported(model: nn.Module, name: str, kind: Kind) -> str | None:
+    """Why PEFT's format cannot hold an adapter of this kind on a module of this model; None where it can."""
+    if isinstance(model.get_submodule(name), nn.Conv1d):
         return "a depthwise convolution"
-    if one.kind == "lora":
+    if kind == "lora":
         try:
-            _check_lora_target_modules_mamba(LoraConfig(), model, one.name.rpartition(".")[2])
+            _check_lora_target_modules_mamba(LoraConfig(), model, name.rpartition(".")[2])
         except ValueError:
             return "PEFT refuses LoRA on it in a Mamba model"
-    return why_silent(model, one.name, training=True)
+    return why_silent(model, name, training=True)
 
 
 def _lora(model: nn.Module, plan: PeftPlan, members: list[ModulePlan]) -> tuple[LoraConfig, dict[str, Tensor]]:

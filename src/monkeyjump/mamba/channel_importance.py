@@ -49,10 +49,10 @@ def gated(group: ChannelGroup) -> list[tuple[str, str]]:
 
 def _batch_scores(model: nn.Module, batch: Batch, groups: Mapping[str, ChannelGroup]) -> dict[str, Tensor]:
     with torch.enable_grad(), parametrize.cached():  # a parametrized weight is then one tensor, which has a gradient
-        gates = [(name, place, tensor) for name, group in groups.items() for place, tensor in _gated_tensors(group)]
-        loss = model(**batch).loss
+        loss = model(**batch).loss  # first: masks are decided by a hook of this pass, and cached weights would not know
         if loss is None:
             raise ValueError(f"a batch with the keys {', '.join(batch)} gives no loss: add labels to it")
+        gates = [(name, place, tensor) for name, group in groups.items() for place, tensor in _gated_tensors(group)]
         gradients = torch.autograd.grad(loss, [tensor for _, _, tensor in gates], materialize_grads=True)
     scores = {name: torch.zeros(group.units + 1) for name, group in groups.items()}
     for (name, (owner, field), tensor), gradient in zip(gates, gradients):

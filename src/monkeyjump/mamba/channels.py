@@ -156,10 +156,10 @@ def _names(table: Mapping[type[nn.Module], Describe]) -> str:
 
 
 def _with_gate(group: ChannelGroup) -> ChannelGroup:
-    """A learned mask has one logit per unit, which moves with it."""
+    """A learned mask has its logits per unit, which move with it."""
     if GATE not in dict(group.block.named_children()):
         return group
-    return replace(group, places=(*group.places, Place(GATE, "logits", 0)))
+    return replace(group, places=(*group.places, Place(GATE, "logits", 0), Place(GATE, "learned", 0)))
 
 
 def _mlp_group(name: str, block: Any) -> ChannelGroup:

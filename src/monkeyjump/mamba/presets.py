@@ -84,6 +84,12 @@ class Adaptation(Section):
     peft_application_ratio: float = Field(default=0.3, gt=0, le=1, description="share of the modules that are tuned")
     peft_r: int = Field(default=16, ge=1, description="rank of LoRA")
     peft_alpha: float = Field(default=32, gt=0, description="scale of LoRA: peft_alpha / peft_r")
+    peft_format: bool = Field(
+        default=False, description="adapt only modules that PEFT's own format can hold (Mamba: in_proj, x_proj)"
+    )
+    target_loss: float | None = Field(
+        default=None, gt=0, description="cross-entropy in training: the first logged step below it is reported"
+    )
     masking_tau: float = Field(default=0.5, gt=0, description="temperature of the mask samples")
     target_sparsity: float = Field(default=0.3, ge=0, lt=1, description="share of the channels to be removed")
     sparsity_weight: float = Field(default=1e-5, ge=0, description="weight of |sparsity - target| in the loss")

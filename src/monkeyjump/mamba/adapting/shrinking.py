@@ -1,4 +1,4 @@
-"""A model cut in one shot: the channels with the lowest Taylor scores go, without training."""
+"""A model cut without training: the channels with the lowest Taylor scores go, or those that learned masks close."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from monkeyjump.mamba.adapting.run import before_and_after, calibration
+from torch import Tensor
+
+from monkeyjump.mamba.adapting.comparison import before_and_after
+from monkeyjump.mamba.adapting.export import unit_counts
+from monkeyjump.mamba.adapting.mask_files import SavedMasks, check_fit, load_masks
+from monkeyjump.mamba.adapting.stages import calibration
 from monkeyjump.mamba.channel_importance import channel_importance
 from monkeyjump.mamba.channels import channel_groups
 from monkeyjump.mamba.loading import load_model
 from monkeyjump.mamba.order import ChannelOrder
 from monkeyjump.mamba.order.order import METHODS
 from monkeyjump.mamba.perplexity import check_window
-from monkeyjump.mamba.pretraining.model import save_model, save_tokenizer
-from monkeyjump.mamba.pretraining.windows import encode, windows_in
 from monkeyjump.mamba.selection import select_kept
 from monkeyjump.mamba.shrink import repair, shrink
-from monkeyjump.mamba.texts import apart, hold_out, read_documents
+from monkeyjump.mamba.text_runs.corpus import read_texts
+from monkeyjump.mamba.text_runs.saving import save_model, save_tokenizer
+from monkeyjump.mamba.text_runs.windows import encode, windows_in
 from monkeyjump.suggest import check_choice
 from monkeyjump.tasks.errors import InputError
 from monkeyjump.tasks.models import check_model, load_tokenizer
@@ -26,16 +31,22 @@ from monkeyjump.training import folder as files
 from monkeyjump.training.run import Display
 
 HELD_OUT = 0.05  # of the text, where no other is given
+SPARSITY = 0.5  # where neither a number nor masks say it
 
 
 @dataclass(frozen=True)
 class ShrinkRequest:
-    """`block` > 1: whole runs of so many neighbors go, after `order` was folded in."""
+    """`block` > 1: whole runs of so many neighbors go, after `order` was folded in.
+
+    `masks`: learned ones, a file or the folder of the run that learned them, in place of Taylor scores; `sparsity` is
+    then what they were learned for, unless another is given.
+    """
 
     model: str
     text: list[str]
     output: Path
-    sparsity: float = 0.5
+    sparsity: float | None = None
+    masks: Path | None = None
     held_out_text: list[str] = field(default_factory=list)
     order: str | None = None
     block: int = 1
@@ -54,30 +65,21 @@ def shrink_model(request: ShrinkRequest, display: Display) -> dict[str, Any]:
         SaveFailed: the disk is full.
     """
     _check(request)
-    train = read_documents(request.text, display.note)
-    if request.held_out_text:
-        held_out = read_documents(request.held_out_text, display.note)
-    else:
-        train, held_out = hold_out(train, HELD_OUT, request.seed)
-    train = apart(train, held_out)
-    if not train.texts or not held_out.texts:
-        raise InputError(f"{train.origin}: no text is left beside the part that is held out", hint="give more text")
+    masks = None if request.masks is None else load_masks(request.masks)
+    train, held_out = read_texts(request.text, request.held_out_text, HELD_OUT, request.seed, display)
     tokenizer = load_tokenizer(request.model)
     stream = encode(tokenizer, train.texts)
     windows_in(stream, request.context_length)
     dense = load_model(request.model).float()
     batches = calibration(stream, request)
-    model, order = copy.deepcopy(dense), None
+    model = copy.deepcopy(dense)
     try:
-        if request.order is not None:
-            order = ChannelOrder(request.order, seed=request.seed)
-            order.update(model, batches)
-        groups = channel_groups(model)
-        scores = channel_importance(model, batches, groups)
-        kept = select_kept(groups, scores, request.sparsity, block=request.block)
+        units = {name: group.units for name, group in channel_groups(model).items()}
+        if masks is not None:
+            check_fit(masks, units, f"--masks {request.masks}")
+        order, kept = _choose(model, request, masks, batches)
     except ValueError as error:
-        raise InputError(str(error)) from error
-    before = model.num_parameters()
+        raise error if isinstance(error, InputError) else InputError(str(error)) from error
     shrink(model, kept)
     if request.repair:
         repair(model, dense, batches)
@@ -87,10 +89,10 @@ def shrink_model(request: ShrinkRequest, display: Display) -> dict[str, Any]:
         if order is not None:
             order.save(request.output / "order")
     result = {
-        "sparsity": request.sparsity,
-        "parameters_before": before,
+        "masks": None if request.masks is None else str(request.masks),
+        "parameters_before": dense.num_parameters(),
         "parameters": model.num_parameters(),
-        "units_by_block": {name: len(units) for name, units in kept.items()},
+        **unit_counts(units, kept),
         "repaired": request.repair,
         **before_and_after(dense, model, order, tokenizer, held_out.texts, request),
     }
@@ -98,8 +100,23 @@ def shrink_model(request: ShrinkRequest, display: Display) -> dict[str, Any]:
     return result
 
 
+def _choose(
+    model: Any, request: ShrinkRequest, masks: SavedMasks | None, batches: list[Any]
+) -> tuple[ChannelOrder | None, dict[str, Tensor]]:
+    """The order, folded into `model`, and the units that stay, `int64` by block."""
+    order, sparsity = None, request.sparsity
+    if request.order is not None:
+        order = ChannelOrder(request.order, seed=request.seed)
+        order.update(model, batches)
+    groups = channel_groups(model)
+    if masks is None:
+        scores = channel_importance(model, batches, groups)
+        return order, select_kept(groups, scores, SPARSITY if sparsity is None else sparsity, block=request.block)
+    return order, (masks if order is None else masks.reordered(order.orders)).select(groups, sparsity, request.block)
+
+
 def _check(request: ShrinkRequest) -> None:
-    if not 0 <= request.sparsity < 1:
+    if request.sparsity is not None and not 0 <= request.sparsity < 1:
         raise InputError(f"--sparsity = {request.sparsity}: it must be at least 0 and below 1")
     if request.order is not None:
         try:

@@ -10,15 +10,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from monkeyjump.allocation import PeftPlan, allocate_peft, attach_peft, taylor_importance
+from monkeyjump.mamba.adapting.peft_format import exportable
 from monkeyjump.mamba.channel_importance import channel_importance
-from monkeyjump.mamba.channels import channel_groups
+from monkeyjump.mamba.channels import GATE, channel_groups
 from monkeyjump.mamba.masks import LearnedMasks, MaskConfig, attach_masks
 from monkeyjump.mamba.order import ChannelOrder
 from monkeyjump.mamba.presets import Adapting
+from monkeyjump.mamba.text_runs.windows import Windows, collate
 from monkeyjump.tasks.errors import InputError
+
+CALIBRATION = 1_000_003  # apart from the seeds of training windows
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,19 @@ def prepare(model: Any, settings: Adapting, batches: list[Any]) -> Stages:
     return Stages(order, plan, masks)
 
 
+def calibration(stream: np.ndarray, settings: Any) -> list[dict[str, Any]]:
+    """The batches that orders and importance are measured on."""
+    size = settings.batch_size
+    windows = Windows(stream, settings.context_length, settings.calibration_batches * size, CALIBRATION + settings.seed)
+    made = [collate(windows[n * size + i] for i in range(size)) for n in range(settings.calibration_batches)]
+    return [{name: values for name, values in batch.items() if name != "row_ids"} for batch in made]
+
+
 def _adapters(model: Any, settings: Adapting, batches: list[Any]) -> PeftPlan:
+    importance = taylor_importance(model, batches)
     plan = allocate_peft(
         model,
-        taylor_importance(model, batches),
+        exportable(model, importance) if settings.peft_format else importance,
         settings.peft_application_ratio,
         settings.importance_threshold,
         settings.peft_r,
@@ -79,15 +93,31 @@ def lines(stages: Stages, model: Any) -> Iterator[str]:
                     f"  {block.block}: correlation matrix {block.correlation_shape}, "
                     f"path cost {block.cost_before:.1f} -> {block.cost_after:.1f}"
                 )
+        if (cost := path_cost(order)) is not None:
+            yield f"path cost of all blocks {cost_line(cost)}"
     if stages.plan is not None:
         yield from stages.plan.lines()
     trained, total = trainable(model)
     yield f"trainable parameters: {trained:,} of {total:,} ({trained / total:.2%})"
 
 
+def path_cost(order: ChannelOrder | None) -> dict[str, float] | None:
+    """Of all blocks, before and after the last update, and the share that it took off; None where none was measured."""
+    costs = [(b.cost_before, b.cost_after) for b in ([] if order is None else order.blocks)]
+    known = [(before, after) for before, after in costs if before is not None and after is not None]
+    if not known:
+        return None
+    before, after = (sum(ends) for ends in zip(*known))
+    return {"before": before, "after": after, "reduction": 1 - after / before}
+
+
+def cost_line(cost: dict[str, float]) -> str:
+    return f"{cost['before']:.1f} -> {cost['after']:.1f} ({cost['reduction']:.1%} less)"
+
+
 def trainable(model: Any) -> tuple[int, int]:
     """Parameters that are trained, and all; gates of masks are in neither."""
-    sizes = [(p.numel(), p.requires_grad) for name, p in model.named_parameters() if not name.endswith("gate.logits")]
+    sizes = [(p.numel(), p.requires_grad) for name, p in model.named_parameters() if f"{GATE}." not in name]
     return sum(size for size, wanted in sizes if wanted), sum(size for size, _ in sizes)
 
 
@@ -96,7 +126,7 @@ def optimizer(model: Any, settings: Adapting, masks: LearnedMasks | None) -> tor
     decayed: list[Any] = []
     plain: list[Any] = []
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad or name.endswith("gate.logits"):
+        if not parameter.requires_grad or f"{GATE}." in name:
             continue
         leaf = name.rpartition(".")[2]
         own = parameter.ndim > 1 and leaf not in ("A_log", "lora_A", "lora_B")

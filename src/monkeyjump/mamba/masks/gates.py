@@ -43,13 +43,15 @@ class Gate(nn.Module):
     """Logits of `shape`, and the gates they give: a sample in training, the kept ones as 0 or 1 in evaluation.
 
     Noise, temperature and what is kept are set from outside, once per step (`LearnedMasks.advance`): weight and bias,
-    a forward and its recomputation, and all ranks then see the same gates.
+    a forward and its recomputation, and all ranks then see the same gates. `learned` holds the logits as they were when
+    the choice was made, zeros before: checkpoints keep it, and an order of the channels moves it along.
     """
 
     def __init__(self, shape: tuple[int, ...], relaxation: str, straight_through: bool, device: torch.device) -> None:
         super().__init__()
         self.relaxation, self.straight_through = relaxation, straight_through
         self.logits = nn.Parameter(torch.zeros(shape, device=device))
+        self.learned = nn.Parameter(torch.zeros(shape, device=device), requires_grad=False)
         self.noise: Tensor
         self.kept: Tensor
         self.temperature: Tensor
@@ -101,4 +103,4 @@ class GatedElements(nn.Module):
 
     def channel_axes(self, axis: int) -> list[tuple[nn.Parameter, int]]:
         """The logits lie as the weight does."""
-        return [(self.gate.logits, axis)]
+        return [(self.gate.logits, axis), (self.gate.learned, axis)]

@@ -112,6 +112,7 @@ class LearnedMasks:
         self.decide(self.config.target_sparsity)
         with torch.no_grad():
             for gate in self.gates.values():
+                gate.learned.copy_(gate.logits)
                 gate.logits.copy_(torch.where(gate.kept, DECIDED, -DECIDED))
 
     def expected_sparsity(self) -> Tensor:
@@ -129,13 +130,19 @@ class LearnedMasks:
     def kept(self, sparsity: float | None = None) -> dict[str, Tensor]:
         """Units that stay, ascending `int64` per group: the highest logits, exactly as many as `sparsity` leaves.
 
-        `sparsity` defaults to `target_sparsity`. Raises `ValueError` for element masks, which remove no unit.
+        `sparsity` defaults to `target_sparsity`; for another one the learned logits are ranked again, also after the
+        choice. Raises `ValueError` for element masks, which remove no unit.
         """
         if self.config.kind == "element":
             raise ValueError("kind='element' removes no channel: bake the mask with remove(bake=True)")
         wanted = self.config.target_sparsity if sparsity is None else sparsity
-        logits = {name: gate.logits for name, gate in self.gates.items()}
+        chosen = {name: gate.logits for name, gate in self.gates.items()}
+        logits = chosen if wanted == self.config.target_sparsity else self.ranking()
         return select_kept(self.groups, logits, wanted, block=self.config.block)
+
+    def ranking(self) -> dict[str, Tensor]:
+        """The learned logits by gate: after `fix` those that the choice was made by."""
+        return {name: gate.learned if gate.learned.any() else gate.logits for name, gate in self.gates.items()}
 
     def decide(self, sparsity: float) -> None:
         """Set what evaluation keeps: exactly `round((1 - sparsity) * gates)` gates, those with the highest logits."""

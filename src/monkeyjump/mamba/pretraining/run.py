@@ -24,20 +24,22 @@ import torch
 from transformers import AutoTokenizer
 
 from monkeyjump.mamba.perplexity import Perplexity, perplexity, unigram_perplexity
-from monkeyjump.mamba.pretraining.model import build_model, save_model, save_tokenizer
+from monkeyjump.mamba.pretraining.model import build_model
 from monkeyjump.mamba.pretraining.settings import PretrainRun
 from monkeyjump.mamba.pretraining.tokenizer import train_tokenizer
-from monkeyjump.mamba.pretraining.trainer import HeldOut, WindowTrainer, training_arguments
-from monkeyjump.mamba.pretraining.windows import Windows, collate, encode, windows_in
 from monkeyjump.mamba.text_runs.corpus import read_texts, recorded_facts
 from monkeyjump.mamba.text_runs.fitting import fit, planned_steps
+from monkeyjump.mamba.text_runs.opening import done_already, lay_out, stop_if_asked
+from monkeyjump.mamba.text_runs.saving import save_model
 from monkeyjump.mamba.text_runs.settings import begun, going_on, write_settings
+from monkeyjump.mamba.text_runs.trainer import HeldOut, WindowTrainer, training_arguments
+from monkeyjump.mamba.text_runs.windows import Windows, collate, encode, windows_in
 from monkeyjump.mamba.texts import Documents, first_of
 from monkeyjump.training import folder as files
 from monkeyjump.training.callbacks import Step
-from monkeyjump.training.checkpoints import ASIDE, clear_aside, latest
+from monkeyjump.training.checkpoints import ASIDE, clear_aside
 from monkeyjump.training.run import Display
-from monkeyjump.training.signals import Interrupted, Interrupts
+from monkeyjump.training.signals import Interrupts
 
 WATCHED = 60_000  # characters of the held-out text that are scored on the way
 SAMPLE_TOKENS = 48
@@ -64,31 +66,23 @@ def pretrain(run: PretrainRun, display: Display, resume: bool = False) -> Path:
     """
     folder = run.output
     started = begun(run, resume)
-    if started and files.is_done(folder):
-        display.note(f"{folder} is done already")
+    if started and done_already(run, display):
         return folder
     with Interrupts(f"interrupted; {going_on(run)}") as interrupts:
         with files.made(folder, "--output"):
             corpus = _prepare(run, display)
             facts = _facts(run, corpus, display)
             write_settings(run)
-        (folder / files.CHECKPOINTS).mkdir(exist_ok=True)
-        clear_aside(folder / files.CHECKPOINTS)
-        files.clear(folder)
-        save_tokenizer(corpus.tokenizer, folder)
-        files.write_facts(folder, facts)
-        checkpoint = latest(folder / files.CHECKPOINTS) if started else None
+        checkpoint = lay_out(run, corpus.tokenizer, facts)
         trainer, last = _fit(run, corpus, facts["steps"], checkpoint, interrupts, display)
-        if interrupts.received:
-            step = trainer.state.global_step
-            raise Interrupted(f"interrupted; step {step} is saved; {going_on(run)}", interrupts.received)
+        stop_if_asked(run, interrupts, trainer.state.global_step)
     _finish(run, corpus, facts, trainer.model, last, display)
     return folder
 
 
 def _prepare(run: PretrainRun, display: Display) -> Corpus:
     settings, folder = run.settings, run.output
-    train, held_out = read_texts(run, display)
+    train, held_out = read_texts(run.text, run.held_out_text, settings.held_out, settings.seed, display)
     if (folder / files.FACTS).is_file():  # the tokenizer that the checkpoints were made with
         tokenizer = AutoTokenizer.from_pretrained(folder)
     else:

@@ -11,13 +11,18 @@ from monkeyjump.training import folder as files
 from monkeyjump.training.run import Display
 
 
-def read_texts(run: TextRun, display: Display) -> tuple[Documents, Documents]:
-    """Training and held-out documents. Raises InputError where one of them would be empty."""
-    train = read_documents(run.text, display.note)
-    if run.held_out_text:
-        held_out = read_documents(run.held_out_text, display.note)
+def read_texts(
+    text: list[str], held_out_text: list[str], share: float, seed: int, display: Display
+) -> tuple[Documents, Documents]:
+    """Documents of `text`, and held-out ones: of `held_out_text`, or a `share` of the others, drawn by `seed`.
+
+    Raises InputError where one of them would be empty.
+    """
+    train = read_documents(text, display.note)
+    if held_out_text:
+        held_out = read_documents(held_out_text, display.note)
     else:
-        train, held_out = hold_out(train, run.settings.held_out, run.settings.seed)
+        train, held_out = hold_out(train, share, seed)
     train = apart(train, held_out)
     if not held_out.texts or not train.texts:
         raise InputError(

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
 from monkeyjump.mamba.presets import Training
-from monkeyjump.mamba.pretraining.trainer import HeldOut, WindowTrainer
-from monkeyjump.mamba.pretraining.windows import Windows, collate, windows_in
+from monkeyjump.mamba.text_runs.trainer import HeldOut, WindowTrainer
+from monkeyjump.mamba.text_runs.windows import Windows, collate, windows_in
 from monkeyjump.training import folder as files
 from monkeyjump.training.callbacks import Checkpoints, FiniteGradients, Metrics, Step, StopOnSignal
 from monkeyjump.training.checkpoints import number_of
@@ -108,6 +108,8 @@ def fit(
 
 
 def losses(step: Step) -> str:
-    """The cross-entropy, and the regularizer where there is one."""
-    extra = f" + regularizer {step.metrics['regularizer']:.4f}" if "regularizer" in step.metrics else ""
-    return f"loss {step.loss:.3f}{extra}, lr {step.metrics['learning_rate']:.2e}"
+    """Their sum and its parts, where there is a regularizer beside the cross-entropy."""
+    said = f"loss {step.loss:.3f}"
+    if (extra := step.metrics.get("regularizer")) is not None:
+        said = f"loss {step.loss + extra:.3f} (cross-entropy {step.loss:.3f} + regularizer {extra:.2g})"
+    return f"{said}, lr {step.metrics['learning_rate']:.2e}"
