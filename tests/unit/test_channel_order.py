@@ -17,8 +17,9 @@ from transformers import Trainer, TrainingArguments
 from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
 from monkeyjump.allocation.parametrization import put_ia3, put_lora
+from monkeyjump.mamba.channel_group import section_of
 from monkeyjump.mamba.channel_importance import channel_importance
-from monkeyjump.mamba.channels import channel_groups, section_of, state_groups
+from monkeyjump.mamba.channels import channel_groups, state_groups
 from monkeyjump.mamba.masks import MaskConfig, attach_masks
 from monkeyjump.mamba.order import ChannelOrder, OrderUpdate, fold, inverse
 from monkeyjump.mamba.order.statistics import Moments, collect_moments, unit_correlation

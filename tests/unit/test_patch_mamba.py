@@ -24,6 +24,7 @@ from transformers.models.mamba.modeling_mamba import MambaMixer
 from monkeyjump.mamba import patch_mamba, patched_mamba, unpatch_mamba
 from monkeyjump.mamba.patch_mixers import SCANNING, ScanMambaMixer
 from tiny import VOCAB, llama, position_dependent, tokens
+from tiny_mamba import assert_near, assert_same_outcome, left_padded_batch, outcome
 
 SHAPE = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "pad_token_id": 0}
 HEADS = {"head_dim": 8, "num_heads": 4, "n_groups": 2, "chunk_size": 16, "state_size": 8}
@@ -41,32 +42,6 @@ def drawn(kind: str, **changes: object) -> nn.Module:
     made = model(config(**{**SHAPE, **own, **changes})).eval()
     position_dependent(made.parameters(), 0.03)
     return made
-
-
-def left_padded_batch() -> dict[str, Tensor]:
-    ids, mask = tokens(3, 40), torch.ones(3, 40, dtype=torch.long)
-    mask[1, :13] = 0
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-
-
-def outcome(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    model.zero_grad()
-    out = model.train()(**batch)
-    out.loss.backward()
-    model.eval()
-    return out.logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_near(found: Tensor, expected: Tensor, tolerance: float = 1e-5, name: str = "") -> None:
-    error = float((found.double() - expected).abs().max() / expected.abs().max())
-    assert error < tolerance, (name, error)
-
-
-def assert_same_outcome(found: tuple, expected: tuple, tolerance: float = 1e-5) -> None:
-    assert_near(found[0], expected[0], tolerance, "logits")
-    assert found[1].keys() == expected[1].keys()
-    for name in found[1]:
-        assert_near(found[1][name], expected[1][name], tolerance, name)
 
 
 @every
@@ -235,10 +210,10 @@ def test_a_saved_model_is_a_stock_model(tmp_path) -> None:
 
 
 def test_a_model_without_mamba_is_refused() -> None:
-    known = "MambaMixer, FalconMambaMixer, Mamba2Mixer"
-    with pytest.raises(ValueError, match=f"LlamaForCausalLM has no module of a class that can be patched: {known}"):
+    known = "mamba, falcon_mamba, jamba, zamba, mamba2, bamba, zamba2, nemotron_h, granitemoehybrid, falcon_h1"
+    with pytest.raises(ValueError, match=f"model=LlamaForCausalLM has no Mamba mixer .* of the types {known}"):
         patch_mamba(llama())
-    assert len(SCANNING) == 3
+    assert len(SCANNING) == 10
 
 
 # ---------------------------------------------------------------------- one number at a time

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from monkeyjump.mamba.channels import ChannelGroup, unit_rows
+from monkeyjump.mamba.channel_group import ChannelGroup, unit_rows
 from monkeyjump.mamba.evaluating import Batch, evaluating
 
 

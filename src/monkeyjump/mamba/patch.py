@@ -19,14 +19,17 @@ STOCK = {scanning: stock for stock, scanning in SCANNING.items()}
 
 
 def patch_mamba(model: Model) -> Model:
-    """The same model, its Mamba, Mamba-2 and FalconMamba mixers on our scans; those that are already stay so.
+    """The same model, its Mamba and Mamba-2 mixers on our scans; those that are already stay so.
 
     Raises:
-        ValueError: the model has no such mixer.
+        ValueError: the model has no mixer of a class in `SCANNING`.
     """
     if not _exchange(model, SCANNING) and not any(type(module) in STOCK for module in model.modules()):
-        known = ", ".join(stock.__name__ for stock in SCANNING)
-        raise ValueError(f"{type(model).__name__} has no module of a class that can be patched: {known}")
+        known = ", ".join(stock.__module__.split(".")[-2] for stock in SCANNING)  # the model types they belong to
+        raise ValueError(
+            f"model={type(model).__name__} has no Mamba mixer of transformers that can be patched: it takes models of "
+            f"the types {known}"
+        )
     return model
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from monkeyjump.mamba.channels import ChannelGroup
+from monkeyjump.mamba.channel_group import ChannelGroup
 from monkeyjump.suggest import check_choice
 
 SCOPES = ("global", "layer")

@@ -14,8 +14,8 @@ OURS = "medium: named in the paper's tables only; the definition is ours"
 LEARNED = "learned softmax on each projection's input, the k best renormalized"
 LOW_RANK = "r * (i + o)"
 ROUTER = Formula("N * i")
-LORA_COST = Table4("O(Edr)", "O(Edr)", "2Edr", "0")
-MOE_COST = Table4("O(ENdr)", "O(ENdr)", "2ENdr", "ENd")
+ONE = Table4("O(Edr)", "O(Edr)", "2Edr", "0")  # pair A, B per projection
+MANY = Table4("O(ENdr)", "O(ENdr)", "2ENdr", "ENd")  # N of them with a router
 NO_R2 = "trainable: λ is a vector, r numbers and not r², as the paper's own Figure 2 counts it"
 PER_PROJECTION = "router: one per projection, ENd and not Nd, as the paper's own Figure 2 counts them"
 DENSE = (
@@ -33,8 +33,8 @@ PLAIN = (
         adapters=Formula(LOW_RANK),
         source="Hu et al., 2021, arXiv:2106.09685",
         sure=HIGH + "PEFT's",
-        cost=LORA_COST,
-        paper=LORA_COST,
+        cost=ONE,
+        paper=ONE,
     ),
     Method(
         name="lora-fa",
@@ -44,8 +44,8 @@ PLAIN = (
         adapters=Formula("r * o"),
         source="Zhang et al., 2023, arXiv:2308.03303",
         sure=HIGH + "LoRA with A frozen",
-        cost=Table4("O(Edr)", "O(Edr)", "Edr", "0"),
-        paper=Table4("O(Edr)", "O(Edr)", "Edr", "0"),
+        cost=replace(ONE, trainable="Edr"),
+        paper=replace(ONE, trainable="Edr"),
     ),
     Method(
         name="adalora",
@@ -57,8 +57,8 @@ PLAIN = (
         unread=("r",),
         source="Zhang et al., 2023, arXiv:2303.10512",
         sure=HIGH + "PEFT's",
-        cost=Table4("O(Edr)", "O(Edr)", "E(2dr + r)", "0"),
-        paper=Table4("O(Edr)", "O(Edr)", "E(2dr + r²)", "0"),
+        cost=replace(ONE, trainable="E(2dr + r)"),
+        paper=replace(ONE, trainable="E(2dr + r²)"),
         remarks=(NO_R2,),
     ),
     Method(
@@ -113,7 +113,7 @@ TRAINABLE = replace(
     remarks=(),
 )
 
-_MOE_LORA = Method(
+_MIXTURE = Method(
     name="moe-lora",
     title="MoE-LoRA",
     base="moe_lora",
@@ -124,10 +124,16 @@ _MOE_LORA = Method(
     losses="none; load balance on request",
     source=f"{MJ_PAPER}, Eq. 2 and Table 4",
     sure="medium: the paper's equation; that routers are per projection follows from its counts",
-    cost=MOE_COST,
-    paper=replace(MOE_COST, router="Nd"),
-    remarks=(PER_PROJECTION,),
+    cost=MANY,
 )
+
+
+def _printed(row: Method, **columns: str) -> Method:
+    """With the row of Table 4, which counts one router a block, and in `columns` says something else as well."""
+    return replace(row, paper=replace(row.cost, router="Nd", **columns), remarks=(*row.remarks, PER_PROJECTION))
+
+
+_OF_TABLE_4 = replace(_MIXTURE, source=f"{MJ_PAPER}, Table 4", sure=OURS)
 
 PARALLEL = "32 * d + 16 + d"  # an adapter of bottleneck 16 beside the feed-forward
 SIGMOID = "8 * (E + {0}) * d + 4 * (E + {0}) * (E + {0}) + 9 * (E + {0})"  # SwiGLU, 4 wide per adapter
@@ -147,16 +153,14 @@ _MOA = Method(
 
 MIXTURES = (
     replace(
-        _MOE_LORA,
+        _MIXTURE,
         name="moelora",
         title="MoELoRA",
         base="moelora",
         losses="load balance; contrast between the experts' outputs",
         source="Luo et al., 2024, arXiv:2402.12851",
         sure="forward high; losses low: our reading, their original weights could not be checked",
-        paper=None,
         reported=1425,
-        remarks=(),
     ),
     Method(
         name="mixlora",
@@ -175,15 +179,13 @@ MIXTURES = (
         reported=364,
     ),
     replace(
-        _MOE_LORA,
+        _MIXTURE,
         name="mixlora-attn",
         title="MixLoRA's variant for the attention",
         base="mixlora_attn",
         losses="load balance",
         source="none: for comparisons that adapt the attention alone",
         sure="not the original, which has no experts in the attention",
-        paper=None,
-        remarks=(),
     ),
     Method(
         name="hydralora",
@@ -195,11 +197,11 @@ MIXTURES = (
         routing="learned softmax on each projection's input, dense (top_k=2 on request)",
         source="Tian et al., 2024, arXiv:2404.19245",
         sure=HIGH + "the authors' code for language models",
-        cost=Table4("O(ENdr)", "O(ENdr)", "(1 + N)Edr", "ENd"),
+        cost=replace(MANY, trainable="(1 + N)Edr"),
         reported=909,
     ),
     replace(
-        _MOE_LORA,
+        _MIXTURE,
         name="mola",
         title="MoLA",
         base="mola",
@@ -207,8 +209,6 @@ MIXTURES = (
         losses="load balance, summed over layers",
         source="Gao et al., 2024, arXiv:2402.08562",
         sure=HIGH + "the authors' code; padding is left out of its loss",
-        paper=None,
-        remarks=(),
     ),
     Method(
         name="more",
@@ -221,7 +221,7 @@ MIXTURES = (
         losses="contrast between tasks",
         source="Zhang et al., 2025, arXiv:2505.22694",
         sure="medium: text and released code differ; in the code the gates do not train, here they do",
-        cost=Table4("O(Edr)", "O(Edr)", "2Edr", "E(dr + r), once Td"),
+        cost=replace(ONE, router="E(dr + r), once Td"),
         unread=("num_experts", "top_k"),
     ),
     _MOA,
@@ -235,47 +235,45 @@ MIXTURES = (
         routing="one learned sigmoid router per block; adapters below a learned threshold are off",
         cost=replace(_MOA.cost, router="O(Ed)"),
     ),
-    _MOE_LORA,
-    replace(
-        _MOE_LORA,
-        name="moe-lora-fa",
-        title="MoE-LoRA-FA",
-        base="moe_lora_fa",
-        trains="N matrices B and a router on each projection; A stay as drawn",
-        adapters=Formula("N * r * o"),
-        source=f"{MJ_PAPER}, Table 4",
-        sure=OURS,
-        cost=replace(MOE_COST, trainable="ENdr"),
-        paper=replace(MOE_COST, trainable="ENdr", router="Nd"),
-        reported=902,
+    _printed(_MIXTURE),
+    _printed(
+        replace(
+            _OF_TABLE_4,
+            name="moe-lora-fa",
+            title="MoE-LoRA-FA",
+            base="moe_lora_fa",
+            trains="N matrices B and a router on each projection; A stay as drawn",
+            adapters=Formula("N * r * o"),
+            cost=replace(MANY, trainable="ENdr"),
+            reported=902,
+        )
     ),
-    replace(
-        _MOE_LORA,
-        name="moe-adalora",
-        title="MoE-AdaLoRA",
-        base="moe_adalora",
-        trains="N triples P, λ, Q and a router on each projection; ranks shrink over all experts together",
-        adapters=Formula("N * (r * (i + o) + r)"),
-        losses="orthogonality of every expert's P and Q; load balance on request",
-        unread=("r",),
-        source=f"{MJ_PAPER}, Table 4",
-        sure=OURS,
-        cost=replace(MOE_COST, trainable="EN(2dr + r)"),
-        paper=replace(MOE_COST, trainable="EN(2dr + r²)", router="Nd"),
-        reported=1426,
-        remarks=(NO_R2, PER_PROJECTION),
+    _printed(
+        replace(
+            _OF_TABLE_4,
+            name="moe-adalora",
+            title="MoE-AdaLoRA",
+            base="moe_adalora",
+            trains="N triples P, λ, Q and a router on each projection; ranks shrink over all experts together",
+            adapters=Formula("N * (r * (i + o) + r)"),
+            losses="orthogonality of every expert's P and Q; load balance on request",
+            unread=("r",),
+            cost=replace(MANY, trainable="EN(2dr + r)"),
+            reported=1426,
+            remarks=(NO_R2,),
+        ),
+        trainable="EN(2dr + r²)",
     ),
-    replace(
-        _MOE_LORA,
-        name="moe-propulsion",
-        title="MoE-Propulsion",
-        base="moe_propulsion",
-        trains="N factors per output and a router on each projection",
-        adapters=Formula("N * o"),
-        source=f"{MJ_PAPER}, Table 4",
-        sure=OURS,
-        cost=Table4("O(ENd)", "O(ENd)", "ENd", "ENd"),
-        paper=Table4("O(ENd)", "O(ENd)", "ENd", "Nd"),
+    _printed(
+        replace(
+            _OF_TABLE_4,
+            name="moe-propulsion",
+            title="MoE-Propulsion",
+            base="moe_propulsion",
+            trains="N factors per output and a router on each projection",
+            adapters=Formula("N * o"),
+            cost=Table4("O(ENd)", "O(ENd)", "ENd", "ENd"),
+        )
     ),
 )
 

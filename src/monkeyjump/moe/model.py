@@ -20,9 +20,9 @@ from monkeyjump.moe.config import ExpertConfig, LowRankExpertConfig
 from monkeyjump.moe.layer import ExpertLayer, LowRankExperts, ScalingExperts
 from monkeyjump.moe.module import CANNOT_MERGE, Companion, ExpertModule
 from monkeyjump.moe.ranks import ExpertRanks
-from monkeyjump.tuner.adalora import allocator_state, restore_allocator
 from monkeyjump.tuner.folder import check_keys, check_whole
 from monkeyjump.tuner.methods import NOT_ROUTABLE
+from monkeyjump.tuner.rank_allocation import allocator_state, restore_allocator
 from monkeyjump.tuner.reach import call_adapters_in_evaluation
 from monkeyjump.tuner.registry import extend_peft_type
 from monkeyjump.tuner.state import split_training_state

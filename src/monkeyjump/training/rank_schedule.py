@@ -10,14 +10,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft.tuners.adalora import AdaLoraModel
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from monkeyjump.tuner.rank_allocation import allocator_tensors, load_allocator
+
 ALLOCATOR = "rank_allocator.safetensors"
-AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
-PATTERN = "rank_pattern"
 
 
 class RankSchedule(TrainerCallback):
@@ -34,7 +33,7 @@ class RankSchedule(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.resume is not None and (self.resume / ALLOCATOR).is_file():
-            self._restore(load_file(self.resume / ALLOCATOR))
+            self.pattern = load_allocator(self.tuner, load_file(self.resume / ALLOCATOR)) or None
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         config = self.tuner.peft_config[self.tuner.trainable_adapter_name]
@@ -44,20 +43,5 @@ class RankSchedule(TrainerCallback):
 
     def save(self, folder: Path) -> None:
         """Into a checkpoint."""
-        allocator = self.tuner.rankallocator
-        tensors = {f"{kind}/{name}": value for kind in AVERAGES for name, value in getattr(allocator, kind).items()}
-        patterns = {f"{PATTERN}/{name}": torch.tensor(kept) for name, kept in (self.pattern or {}).items()}
-        save_file({name: value.contiguous() for name, value in (tensors | patterns).items()}, folder / ALLOCATOR)
-
-    def _restore(self, saved: dict[str, torch.Tensor]) -> None:
-        allocator = self.tuner.rankallocator
-        pattern: dict[str, list[bool]] = {}
-        for key, value in saved.items():
-            kind, _, name = key.partition("/")
-            if kind == PATTERN:
-                pattern[name] = value.tolist()
-            else:
-                device = self.tuner.model.get_parameter(name).device
-                getattr(allocator, kind)[name] = value.to(device)
-                allocator.ipt.setdefault(name, torch.zeros_like(value, device=device))  # else PEFT starts anew
-        self.pattern = pattern or None
+        tensors = allocator_tensors(self.tuner.rankallocator, self.pattern)
+        save_file({name: value.contiguous() for name, value in tensors.items()}, folder / ALLOCATOR)

@@ -16,19 +16,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.adalora import AdaLoraLayer
 from torch import Tensor, nn
 
 from monkeyjump.routing.pooling import IGNORED_LABEL
 from monkeyjump.tuner.model import RoutedTuner, routers
-from monkeyjump.tuner.state import TrainingState, key_of, split_training_state
+from monkeyjump.tuner.rank_allocation import allocator_state, restore_allocator
+from monkeyjump.tuner.state import split_training_state
 
 logger = logging.getLogger("monkeyjump")
-
-ALLOCATOR = "rank_allocator"
-AVERAGES = ("exp_avg_ipt", "exp_avg_unc")  # what RankAllocator carries from step to step
-PATTERN = "rank_pattern"  # and what the config carries: the ranks that stay, once the schedule is over
 
 
 class RoutedAdaLora(RoutedTuner):
@@ -146,36 +142,3 @@ def _full_ranks(config: Any) -> Iterator[None]:
         yield
     finally:
         config.rank_pattern = pattern
-
-
-def _allocator(model: nn.Module) -> Any:
-    tuner = model.base_model if isinstance(model, PeftModel) else model
-    return getattr(tuner, "rankallocator", None)
-
-
-def allocator_state(model: nn.Module, pattern: dict[str, list[bool]] | None = None) -> dict[str, Tensor]:
-    allocator, state = _allocator(model), {}
-    if allocator is not None:
-        for average in AVERAGES:
-            for name, value in getattr(allocator, average).items():
-                state[key_of(ALLOCATOR, f"{average}.{name}")] = value
-        for name, kept in (pattern or {}).items():
-            state[key_of(ALLOCATOR, f"{PATTERN}.{name}")] = torch.tensor(kept)
-    return state
-
-
-def restore_allocator(model: nn.Module, state: TrainingState) -> dict[str, list[bool]]:
-    """Put the averages back; returns the ranks that stay, where `allocator_state` was given them."""
-    saved, allocator = state.tensors.get(ALLOCATOR), _allocator(model)
-    pattern: dict[str, list[bool]] = {}
-    if not saved or allocator is None:
-        return pattern
-    for key, value in saved.items():
-        average, _, name = key.partition("/")
-        name = name.replace("/", ".")
-        if average == PATTERN:
-            pattern[name] = value.tolist()
-            continue
-        getattr(allocator, average)[name] = value
-        allocator.ipt.setdefault(name, torch.zeros_like(value))
-    return pattern

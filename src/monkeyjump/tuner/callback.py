@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.adalora import AdaLoraLayer, AdaLoraModel
+from peft.tuners.adalora import AdaLoraModel
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from monkeyjump.presets import PRESETS
@@ -20,6 +19,7 @@ from monkeyjump.routing.collectives import Ranks, all_ranks
 from monkeyjump.routing.ema import CenterStatistics, moved_centers, summed
 from monkeyjump.suggest import check_choice
 from monkeyjump.tuner.model import routers
+from monkeyjump.tuner.rank_allocation import allocating_tuner
 from monkeyjump.tuner.router import Router
 from monkeyjump.tuner.state import split_training_state, training_state
 
@@ -218,14 +218,11 @@ class CenterUpdate(TrainerCallback):
     def _prepare(self, model: nn.Module, total_steps: int | None, completed: int) -> dict[str, Any]:
         """Make ready to count steps; returns what must be the same on every rank, by name."""
         self._claim(routers(model))
-        self._adalora = next((m for m in model.modules() if isinstance(m, AdaLoraModel)), None)
-        if self._adalora is None and any(isinstance(m, AdaLoraLayer) for m in model.modules()):
-            logger.warning("AdaLoRA's rank schedule needs the model that get_peft_model returns; no rank will move")
+        self._adalora = allocating_tuner(model, total_steps)
         if isinstance(self.until, float):
             if total_steps is None:
                 raise ValueError(f"until={self.until} is a share of all steps: pass total_steps= to attach as well")
             self.last = math.floor(self.until * total_steps)
-        self._check_adalora(total_steps)
         self.completed = completed
         for router in self._routers:
             router.pending.clear()
@@ -264,23 +261,6 @@ class CenterUpdate(TrainerCallback):
         for router in self._routers:
             router.schedule = None
         self._undo, self._routers = [], []
-
-    def _check_adalora(self, total_steps: int | None) -> None:
-        if self._adalora is None:
-            return
-        if any(isinstance(parameter, DTensor) for parameter in self._adalora.parameters()):
-            raise ValueError(
-                "base='adalora' cannot be sharded by FSDP2: PEFT's rank allocation reads whole matrices and gradients; "
-                "train it under DDP, or take base='lora'"
-            )
-        if total_steps is None:
-            return
-        config = self._adalora.peft_config[self._adalora.trainable_adapter_name]
-        if config.total_step != total_steps:
-            raise ValueError(
-                f"total_step={config.total_step} is what AdaLoRA's rank schedule runs over, but this run has "
-                f"{total_steps} optimizer steps; set total_step={total_steps}"
-            )
 
     def _allocate_ranks(self, step: int) -> None:
         if self._adalora is not None:

@@ -17,8 +17,9 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from monkeyjump.allocation.parametrization import own_class
+from monkeyjump.mamba.channel_group import ChannelGroup, unit_rows
 from monkeyjump.mamba.channel_importance import gated
-from monkeyjump.mamba.channels import GATE, ChannelGroup, channel_groups, state_groups, unit_rows
+from monkeyjump.mamba.channels import GATE, channel_groups, state_groups
 from monkeyjump.mamba.masks.config import MaskConfig
 from monkeyjump.mamba.masks.gates import Gate, GatedElements, GatedRows, logistic_noise, open_probability
 from monkeyjump.mamba.selection import select_kept

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from monkeyjump.mamba.channels import ChannelGroup, axis_index, channel_groups, places_by_axis, section_of
+from monkeyjump.mamba.channel_group import ChannelGroup, axis_index, places_by_axis, section_of
+from monkeyjump.mamba.channels import channel_groups
 from monkeyjump.mamba.order.carriers import Carrier, carriers, move
 from monkeyjump.suggest import did_you_mean
 

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from monkeyjump.mamba.channel_group import ChannelGroup, section_of
 from monkeyjump.mamba.channel_importance import channel_importance
-from monkeyjump.mamba.channels import ChannelGroup, channel_groups, section_of
+from monkeyjump.mamba.channels import channel_groups
 from monkeyjump.mamba.evaluating import Batch
 from monkeyjump.mamba.order.folding import fold, inverse
 from monkeyjump.mamba.order.statistics import collect_moments, unit_correlation

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from monkeyjump.mamba.channels import ChannelGroup
+from monkeyjump.mamba.channel_group import ChannelGroup
 from monkeyjump.mamba.evaluating import Batch, attended, evaluating
 
 CONSTANT = 1e-12  # a variance below this share of the mean square is rounding

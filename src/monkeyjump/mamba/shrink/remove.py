@@ -20,14 +20,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from monkeyjump.mamba.channels import (
-    ChannelGroup,
-    axis_index,
-    channel_groups,
-    places_by_axis,
-    section_of,
-    state_groups,
-)
+from monkeyjump.mamba.channel_group import ChannelGroup, axis_index, places_by_axis, section_of
+from monkeyjump.mamba.channels import channel_groups, state_groups
 from monkeyjump.suggest import did_you_mean
 
 WIDTHS = "monkeyjump_widths"  # in the model's config: units of every group that is narrower than the config says
