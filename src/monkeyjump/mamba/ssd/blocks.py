@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 64
-BLOCK = 2**16  # elements of a buffer, for each thread of a CPU
+BLOCK = 2**17  # elements of a buffer, for each thread of a CPU
 BLOCK_ELSEWHERE = 2**26
 
 

@@ -80,12 +80,13 @@ def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, grad_last: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    x, *_, D, starts = ctx.saved_tensors
     if grad is None and grad_last is None:
         return (None,) * 7
+    kept = ctx.saved_tensors  # once: checkpointing refuses a second look
+    x, *_, D, starts = kept
     grad = torch.zeros_like(x) if grad is None else grad
     grad_last = starts.new_zeros(ctx.shape) if grad_last is None else grad_last
-    *others, grad_d, grad_state = scan_backward(*ctx.saved_tensors, grad, grad_last)
+    *others, grad_d, grad_state = scan_backward(*kept, grad, grad_last)
     return *others, None if D is None else grad_d, grad_state
 
 
