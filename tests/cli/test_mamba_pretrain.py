@@ -226,3 +226,20 @@ def test_a_half_written_model_is_not_taken_for_one(pretrain, folder: Path, monke
     assert code == 1
     assert "is not what the model holds" in " ".join(lines)
     assert not (folder / "out" / "model.safetensors").exists()
+
+
+def test_a_mistyped_folder_starts_no_run_of_the_demos_texts(pretrain, folder: Path):
+    code, lines = pretrain("--output", "mistyped", "--resume")
+    assert (code, lines[0]) == (2, "error: --resume: mistyped holds no run to go on with")
+    assert not (folder / "mistyped").exists()
+
+
+def test_a_signal_before_the_first_step_does_not_promise_what_is_not_kept(pretrain, folder: Path, monkeypatch):
+    def ctrl_c(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("monkeyjump.mamba.pretraining.run.train_tokenizer", ctrl_c)
+    code, lines = pretrain("text.txt", "--output", "out", "--steps", "2", *FAST)
+    assert code == 130
+    assert lines[-1] == "error: interrupted; nothing is kept yet: give the whole command again"
+    assert not (folder / "out").exists()

@@ -56,7 +56,7 @@ class Training(Section):
         given = [name for name in LENGTHS if getattr(self, name) is not None]
         if len(given) != 1:
             said = " and ".join(given) or "none"
-            raise ValueError(f"{said} set: say how long with exactly one of {', '.join(LENGTHS)}")
+            raise ValueError(f"{said} set: say how long with exactly one of {', '.join(LENGTHS)} (--steps)")
         return self
 
 

@@ -26,6 +26,7 @@ from monkeyjump.tasks.cache import write_in_one_piece
 from monkeyjump.tasks.errors import InputError
 from monkeyjump.training.config import RunConfig, absolute
 from monkeyjump.training.read import read_run, write_run
+from monkeyjump.training.signals import Interrupted
 
 CONFIG, FACTS, METRICS, RESULT = "config.yaml", "run.json", "metrics.jsonl", "result.json"
 ADAPTER, CHECKPOINTS, CENTERS = "adapter", "checkpoints", "centers.safetensors"
@@ -52,7 +53,7 @@ def open_run(folder: Path) -> RunConfig:
 
 @contextlib.contextmanager
 def made(folder: Path, field: str = "output.folder") -> Iterator[None]:
-    """The folder; gone again where bad input ends the block and it was not there before."""
+    """The folder; gone again where bad input or a signal ends the block and it was not there before."""
     first = next((path for path in (*reversed(folder.parents), folder) if not path.exists()), None)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +61,7 @@ def made(folder: Path, field: str = "output.folder") -> Iterator[None]:
         raise InputError(f"{field}: {folder} cannot be made: {error.strerror}") from error
     try:
         yield
-    except InputError:
+    except (InputError, Interrupted):
         if first is not None:
             shutil.rmtree(first, ignore_errors=True)
         raise

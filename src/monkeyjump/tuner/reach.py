@@ -21,7 +21,18 @@ from torch import nn
 
 logger = logging.getLogger("monkeyjump")
 PATCHED = "monkeyjump.mamba.patch_mixers"  # named, not imported: it loads models of transformers
-PATCHABLE = ("MambaMixer", "FalconMambaMixer", "Mamba2Mixer")
+PATCHABLE = (
+    "MambaMixer",
+    "FalconMambaMixer",
+    "JambaMambaMixer",
+    "ZambaMambaMixer",
+    "Mamba2Mixer",
+    "BambaMixer",
+    "Zamba2MambaMixer",
+    "NemotronHMamba2Mixer",
+    "GraniteMoeHybridMambaLayer",
+    "FalconH1Mixer",
+)
 # what a mixer hands to mamba_ssm's fused kernels as weights, in training, and how its source shows it
 FUSED_MIXER = {"x_proj": "mamba_inner_fn", "out_proj": r"mamba_inner_fn|outproj_weight=self\.out_proj\.weight"}
 

@@ -16,7 +16,7 @@ from monkeyjump.tasks.errors import InputError
 
 def adapt(
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help="A folder of `pretrain`, or a Hub id.")] = None,
-    text: Annotated[list[str] | None, typer.Argument(metavar="TEXT...", help=TEXT_HELP)] = None,
+    text: Annotated[list[str] | None, typer.Argument(metavar="TEXT", help=TEXT_HELP)] = None,
     output: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/adapted"),
     held_out: Annotated[
         list[str] | None, typer.Option(help="Text for the perplexity; repeatable. Else a share of TEXT is kept apart.")
@@ -58,6 +58,7 @@ def adapt(
     from monkeyjump.mamba.adapting import AdaptRun, open_adapting
     from monkeyjump.mamba.adapting import adapt as adapt_run
     from monkeyjump.mamba.presets import DEFAULT_PRESET, adapting_config
+    from monkeyjump.mamba.text_runs.settings import refuse_to_go_on
 
     quiet()
     screen = Screen()
@@ -65,7 +66,9 @@ def adapt(
         "adapt", changes, minutes=minutes, max_steps=steps, num_epochs=epochs, seed=seed,
         order=order, masks=masks, adapters=adapters, peft_format=peft_format or None,
     )  # fmt: skip
-    if resume and not (model or text or held_out or preset or given) and (output / AdaptRun.file).is_file():
+    if resume and not (model or text or held_out or preset or given):
+        if not (output / AdaptRun.file).is_file():
+            refuse_to_go_on(output)
         run = open_adapting(output)
     else:
         if not (model and text):

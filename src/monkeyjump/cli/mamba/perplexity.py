@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 def perplexity(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder of `pretrain`, any other, or a Hub id.")],
-    text: Annotated[list[str], typer.Argument(metavar="TEXT...", help=TEXT_HELP)],
-    window: Annotated[int, typer.Option(help="Tokens that the model sees at once.")] = 1024,
+    text: Annotated[list[str], typer.Argument(metavar="TEXT", help=TEXT_HELP)],
+    window: Annotated[
+        int | None, typer.Option(help="Tokens that the model sees at once: 1024, or as many as it has positions.")
+    ] = None,
     stride: Annotated[int | None, typer.Option(help="New tokens of each further window; half a window.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 4,
     join: Annotated[
@@ -45,8 +47,7 @@ def perplexity(
     from monkeyjump.mamba.scoring import score
 
     quiet()
-    stride = max(window // 2, 1) if stride is None else stride
-    found = score(model, text, window, stride, batch_size, join)
+    found, window, stride = score(model, text, window, stride, batch_size, join)
     if as_json:
         print(json.dumps({"model": model, "text": text, "window": window, "stride": stride, **found.record()}))
     else:

@@ -14,7 +14,7 @@ from monkeyjump.cli.screen import Screen, duration
 
 
 def pretrain(
-    text: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help=TEXT_HELP)] = None,
+    text: Annotated[list[str] | None, typer.Argument(metavar="TEXT", help=TEXT_HELP)] = None,
     output: Annotated[Path, typer.Option(help="The run's folder; from_pretrained reads it.")] = Path("runs/mamba"),
     held_out: Annotated[
         list[str] | None, typer.Option(help="Text for the perplexity; repeatable. Else a share of TEXT is kept apart.")
@@ -53,11 +53,14 @@ def pretrain(
     from monkeyjump.mamba.presets import DEFAULT_PRESET, pretraining_config
     from monkeyjump.mamba.pretraining import PretrainRun, open_pretraining
     from monkeyjump.mamba.pretraining import pretrain as pretrain_run
+    from monkeyjump.mamba.text_runs.settings import refuse_to_go_on
 
     quiet()
     screen = Screen()
     given = given_fields("pretrain", changes, minutes=minutes, max_steps=steps, num_epochs=epochs, seed=seed)
-    if resume and not (text or held_out or preset or given) and (output / PretrainRun.file).is_file():
+    if resume and not (text or held_out or preset or given):
+        if not (output / PretrainRun.file).is_file():
+            refuse_to_go_on(output)
         run = open_pretraining(output)
     else:
         settings = pretraining_config(preset or DEFAULT_PRESET, **given)
@@ -78,6 +81,8 @@ def _show_result(folder: Path, screen: Screen) -> None:
     for name, record in (("the model", model), ("unigram: token frequencies alone", unigram)):
         table.add_row(name, f"{record['perplexity']:.2f}", f"{record['perplexity_per_byte']:.3f}")
     screen.out.print(table)
+    if model["perplexity"] >= unigram["perplexity"]:
+        screen.say("It knows no more than the tokens' frequencies: train longer (--minutes) or on more text.")
     screen.say(f"\nIt goes on like this: {' '.join(result['sample'].split())}\n")
     took = f" {duration(result['seconds'])} of training." if result["seconds"] else ""
     screen.say(f"{folder}: done.{took} Next: monkeyjump mamba perplexity {folder} TEXT")

@@ -45,7 +45,7 @@ from monkeyjump.mamba.text_runs.corpus import read_texts, recorded_facts
 from monkeyjump.mamba.text_runs.fitting import fit, planned_steps
 from monkeyjump.mamba.text_runs.opening import done_already, lay_out, stop_if_asked
 from monkeyjump.mamba.text_runs.saving import save_model
-from monkeyjump.mamba.text_runs.settings import begun, going_on, write_settings
+from monkeyjump.mamba.text_runs.settings import begun, on_interrupt, write_settings
 from monkeyjump.mamba.text_runs.trainer import HeldOut, WindowTrainer, training_arguments
 from monkeyjump.mamba.text_runs.windows import Windows, collate, encode, windows_in
 from monkeyjump.mamba.texts import Documents, first_of
@@ -95,11 +95,12 @@ def adapt(run: AdaptRun, display: Display, resume: bool = False) -> Path:
     started = begun(run, resume)
     if started and done_already(run, display):
         return folder
-    with Interrupts(f"interrupted; {going_on(run)}") as interrupts:
+    with Interrupts(on_interrupt(run, started)) as interrupts:
         with files.made(folder, "--output"):
             found = _prepare(run, display)
             facts = _facts(run, found)
             write_settings(run)
+        interrupts.going_on = on_interrupt(run, begun=True)
         checkpoint = lay_out(run, found.tokenizer, facts)
         for line in lines(found.stages, found.model):
             display.note(line)

@@ -89,6 +89,18 @@ def going_on(run: TextRun) -> str:
     return f"go on with: monkeyjump {run.command} --output {run.output} --resume"
 
 
+def on_interrupt(run: TextRun, begun: bool) -> str:
+    """What a signal's message says; before the settings are written there is nothing to go on with."""
+    return f"interrupted; {going_on(run) if begun else 'nothing is kept yet: give the whole command again'}"
+
+
+def refuse_to_go_on(folder: Path) -> None:
+    """Raises InputError: --resume stands alone, and the folder holds no run."""
+    raise InputError(
+        f"--resume: {folder} holds no run to go on with", hint="check --output, or give the whole command to start one"
+    )
+
+
 def absolute_place(name: str) -> str:
     """A path that exists made absolute, any other name as it is."""
     return str(Path(name).resolve()) if Path(name).exists() else name
