@@ -32,7 +32,7 @@ EXEMPT = (
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",
     # transformers 5.23 has renamed it; the name in all supported versions is the former
     "ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning",
-    "ignore:.gradient_checkpointing. is deprecated:FutureWarning",
+    "ignore:.gradient_checkpointing(_kwargs)?. is deprecated:FutureWarning",
     # BEFT on the tiny Llama, whose projections have no bias: says that merging is impossible
     "ignore:Detected that the base layer has no bias term:UserWarning",
     # FRoD keeps a sparse matrix

@@ -459,7 +459,7 @@ def test_what_an_optimizer_gets() -> None:
     others, gates = masks.parameter_groups(model, gate_lr=0.25)
     assert gates == {"params": [gate.logits for gate in masks.gates.values()], "lr": 0.25, "weight_decay": 0.0}
     found = {id(parameter) for parameter in others["params"]}
-    wanted = {n: p for n, p in model.named_parameters() if "logits" not in n and "embeddings" not in n}
+    wanted = {n: p for n, p in model.named_parameters() if "_gate" not in n and "embeddings" not in n}
     assert found == {id(parameter) for parameter in wanted.values()}
     assert others.keys() == {"params"}
 
@@ -475,11 +475,12 @@ def test_in_bfloat16(kind: str) -> None:
     assert all(gate.logits.grad.any() for gate in masks.gates.values())
 
 
-def test_a_checkpoint_of_a_masked_model_holds_logits_and_nothing_else_of_the_gates() -> None:
+def test_a_checkpoint_of_a_masked_model_holds_the_logits_and_nothing_else_of_the_gates() -> None:
     model, plain = mamba(), mamba().state_dict().keys()
     masks = attach_masks(model, MaskConfig())
     added = {name for name in model.state_dict() if name.replace("parametrizations.", "") not in plain}
-    parts = {f"conv1d.parametrizations.{name}.original" for name in ("weight", "bias")} | {"channel_gate.logits"}
+    parts = {f"conv1d.parametrizations.{name}.original" for name in ("weight", "bias")}
+    parts |= {"channel_gate.logits", "channel_gate.learned"}
     assert added == {f"backbone.layers.{layer}.mixer.{part}" for layer in (0, 1) for part in parts}
     masks.remove()
     assert not model._forward_pre_hooks

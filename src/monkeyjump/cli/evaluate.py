@@ -15,6 +15,7 @@ from monkeyjump.tasks.errors import InputError, near_miss
 if TYPE_CHECKING:
     from monkeyjump.evaluation.comparison import Line
     from monkeyjump.evaluation.results import TaskResult
+    from monkeyjump.training.subject import Subject
 
 BASE = "base"
 
@@ -123,11 +124,13 @@ class _Asked:
 
     def results(self, folder: Path, screen: Screen, base: bool = False) -> list[TaskResult]:
         from monkeyjump.evaluation.run import evaluate
+
+        return evaluate(self.subject(folder), screen, self.limit, self.batch_size, self.write, base)
+
+    def subject(self, folder: Path) -> Subject:
         from monkeyjump.training.subject import open_subject
 
-        return evaluate(
-            open_subject(folder, self.model, self.tasks), screen, self.limit, self.batch_size, self.write, base
-        )
+        return open_subject(folder, self.model, self.tasks)
 
 
 class _Show:
@@ -163,9 +166,12 @@ class _Show:
 def _one(run: Path, against: str | None, asked: _Asked, show: _Show) -> None:
     from monkeyjump.evaluation.comparison import compare
     from monkeyjump.evaluation.results import record_of
+    from monkeyjump.evaluation.run import check_base
     from monkeyjump.training.subject import is_adapter
 
     other = _other(run, against)
+    if against == BASE:
+        check_base(asked.subject(run))  # before the folder itself is evaluated
     results = asked.results(run, show.screen)
     record = {"tasks": [record_of(one) for one in results]}
     if against is None:

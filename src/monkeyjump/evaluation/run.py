@@ -52,8 +52,8 @@ def evaluate(
     Raises:
         InputError: the adapter is damaged or has no effect, a whole model has no base, or tasks are wrong.
     """
-    if base and subject.adapter is None:
-        raise InputError(f"{subject.folder} is a whole model: there is no base", hint="compare it with another folder")
+    if base:
+        check_base(subject)
     loaded = load_tasks(subject.asked)
     check_tasks(one.task for one in loaded)
     check_packages(metric for one in loaded for metric in (one.task.metric, *one.task.also))
@@ -83,6 +83,12 @@ def evaluate(
     results = [result_of(one.task, given) for one, given in zip(tests, answers)]
     write_results(subject.folder, results, asked, base)
     return results
+
+
+def check_base(subject: Subject) -> None:
+    """Raises InputError where there is no base model beside the one in the folder."""
+    if subject.adapter is None:
+        raise InputError(f"{subject.folder} is a whole model: there is no base", hint="compare it with another folder")
 
 
 def questions_of(subject: Subject, loaded: Sequence[LoadedTask], place: str, limit: int | None) -> list[Questions]:
