@@ -8,6 +8,8 @@ initialize_centers(model, train_loader)
 Trainer(model, args, train_dataset=data, callbacks=[CenterUpdate()]).train()
 """
 
+from importlib.metadata import version as _version
+
 # isort: off
 import monkeyjump.loggers  # before PEFT is imported
 
@@ -22,6 +24,8 @@ from monkeyjump.tuner.initialize import initialize_centers
 from monkeyjump.tuner.inspect import describe_routing, record_routing
 from monkeyjump.tuner.model import routing_inputs
 from monkeyjump.tuner.registry import extend_peft_type, register_routed_methods
+
+__version__ = _version("monkeyjump")
 
 __all__ = [
     "PRESETS",

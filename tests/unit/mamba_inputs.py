@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
     FalconMambaConfig,
     FalconMambaForCausalLM,
     Mamba2Config,
@@ -26,11 +30,15 @@ SMALL = {
 }  # fmt: skip
 FAST = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
 SHAPE = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
+ATTENTION = {"intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+HEADS = {**ATTENTION, "mamba_n_heads": 8, "mamba_d_head": 4, "mamba_n_groups": 2, "mamba_d_state": 4}
 MODELS: dict[str, Any] = {
     "mamba": (MambaForCausalLM, MambaConfig, {}),
     # 8 heads of 4 channels in 2 groups
     "mamba2": (Mamba2ForCausalLM, Mamba2Config, {"head_dim": 4, "num_heads": 8, "n_groups": 2, "chunk_size": 8}),
     "falcon_mamba": (FalconMambaForCausalLM, FalconMambaConfig, {}),
+    "bamba": (BambaForCausalLM, BambaConfig, {**HEADS, "attn_layer_indices": [1]}),
+    "falcon_h1": (FalconH1ForCausalLM, FalconH1Config, {**HEADS, "mamba_d_ssm": 32}),
 }
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
+from typing import Annotated
 
 import typer
 
+from monkeyjump import __version__
 from monkeyjump.cli.bench import bench
 from monkeyjump.cli.demo import demo
 from monkeyjump.cli.evaluate import evaluate
@@ -42,8 +44,18 @@ app.command()(probe)
 app.add_typer(mamba)
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"monkeyjump {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _commands() -> None:
+def _commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Mixture-of-experts behaviour from the PEFT adapters a model already has."""
 
 

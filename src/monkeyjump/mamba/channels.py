@@ -3,6 +3,7 @@
     Mamba   in_proj [2D, d]    rows c and D + c      conv1d [D, 1, k] rows     x_proj [R + 2N, D] columns
             dt_proj [D, R]     rows and bias         A_log [D, N], D [D] rows  out_proj [d, D]    columns
     Mamba-2 in_proj [2D + 2GN + H, d]: gate (D), x (D), B (GN), C (GN), dt (H); conv1d over x, B, C; norm [D]
+            (also that of Bamba, Zamba2, NemotronH and GraniteMoeHybrid)
     MLP     gate_proj, up_proj [D, d] rows; down_proj [d, D] columns
 
 A unit whose `gated` places are 0 is removed exactly: conv1d gives 0, the activation keeps 0, and with it the state, the
@@ -11,18 +12,25 @@ skip `D * u`, and what the unit adds to x_proj, norm and out_proj are 0.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.models.bamba.modeling_bamba import BambaMixer
 from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaMixer
+from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridMambaLayer
 from transformers.models.jamba.modeling_jamba import JambaMambaMixer
 from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
+from transformers.models.zamba2.modeling_zamba2 import Zamba2MambaMixer
 
 from monkeyjump.mamba.channel_group import ChannelGroup, Place
+from monkeyjump.mamba.patch import STOCK
+from monkeyjump.mamba.patch_mixers import SCANNING
 
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 GATE = "channel_gate"  # the submodule of a block that holds the logits of its learned mask
@@ -46,6 +54,12 @@ def channel_groups(model: nn.Module, mlps: bool = True) -> dict[str, ChannelGrou
             f"it takes {_names(MIXERS)} or an MLP of {', '.join(MLP_PROJECTIONS)}"
         )
     return groups
+
+
+def unknown_mixers(model: nn.Module) -> dict[str, int]:
+    """How many Mamba mixers of each class the model has whose channels can neither change places nor go."""
+    stock = (STOCK.get(type(module), type(module)) for module in model.modules())
+    return dict(Counter(cls.__name__ for cls in stock if cls in SCANNING and cls not in MIXERS))
 
 
 def state_groups(model: nn.Module) -> dict[str, ChannelGroup]:
@@ -236,5 +250,11 @@ MIXERS: dict[type[nn.Module], Describe] = {
     FalconMambaMixer: _mamba_group,
     JambaMambaMixer: _mamba_group,
     Mamba2Mixer: _mamba2_group,
+    BambaMixer: _mamba2_group,
+    Zamba2MambaMixer: _mamba2_group,
+    NemotronHMamba2Mixer: _mamba2_group,
+    GraniteMoeHybridMambaLayer: _mamba2_group,
 }
-STATES: dict[type[nn.Module], Describe] = {MambaMixer: _mamba_states, Mamba2Mixer: _mamba2_states}
+STATES: dict[type[nn.Module], Describe] = {MambaMixer: _mamba_states} | {
+    mixer: _mamba2_states for mixer, describe in MIXERS.items() if describe is _mamba2_group
+}

@@ -60,7 +60,7 @@ def gated_linear(
         dropout: mask of the dropout on the update's input.
 
     Raises:
-        RuntimeError: when differentiated twice.
+        RuntimeError: when differentiated twice, save on a GPU without dropout, where it can be.
     """
     scale = scale if dropout is None else scale * dropout.factor
     flat, gate = _flat(x), _per_token(gate, x)

@@ -23,7 +23,7 @@ def show_before_and_after(folder: Path, screen: Screen) -> None:
     table.add_row("perplexity per token", *(f"{held[when]['perplexity']:.3f}" for when in WHEN))
     table.add_row("latency, ms", *(f"{speed[when]['ms']:.1f}" for when in WHEN))
     table.add_row("memory of a pass, MiB", *(f"{result['forward_peak_bytes'][when] / 2**20:.1f}" for when in WHEN))
-    table.add_row("FLOPs per token", *(_flops(score[when]) for when in WHEN))
+    table.add_row("FLOPs per token", *(f"{score[when]['flops_per_token']:.3g}" for when in WHEN))
     table.add_row("next-token accuracy", *(f"{score[when]['accuracy']:.2%}" for when in WHEN))
     table.add_row("efficiency, log E", *(_log_efficiency(score[when]) for when in WHEN))
     screen.out.print(table)
@@ -32,16 +32,9 @@ def show_before_and_after(folder: Path, screen: Screen) -> None:
     screen.say(f"{folder}: done. Next: monkeyjump mamba perplexity {folder} TEXT")
 
 
-def _flops(score: dict[str, Any]) -> str:
-    value = score["flops_per_token"]
-    return "not counted" if value is None else f"{value:.3g}"
-
-
 def _log_efficiency(score: dict[str, Any]) -> str:
     """JSON has no infinity: of an accuracy of 0 it holds null."""
     value = score["log_efficiency"]
-    if score["flops_per_token"] is None:
-        return "not counted"
     return "-inf" if value is None else f"{value:.2f}"
 
 

@@ -50,31 +50,18 @@ def _forward(model: Any, batch: dict[str, Tensor]) -> Tensor:
         return model(input_ids=batch["input_ids"], use_cache=False).logits
 
 
-def efficiency(model: Any, batches: list[dict[str, Tensor]]) -> dict[str, float | None]:
-    """Accuracy over the batches, FLOPs of a token's forward pass, parameters, and log E of them.
-
-    FLOPs and log E are None for a model whose FLOPs cannot be counted (Jamba).
-    """
+def efficiency(model: Any, batches: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Accuracy over the batches, FLOPs of a token's forward pass, parameters, and log E of them."""
     right = counted = 0
     for batch in batches:
         guesses = _forward(model, batch)[:, :-1].argmax(-1)
         right += int((guesses == batch["input_ids"][:, 1:]).sum())
         counted += guesses.numel()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    accuracy, flops = right / counted, flops_per_token(model, batches[0])
-    score = None
-    if flops is not None:
-        score = math.log(accuracy) - math.log(flops) - math.log(parameters) if accuracy else -math.inf
+    rows, length = batches[0]["input_ids"].shape
+    accuracy, flops = right / counted, forward_flops(model, rows, length).total / (rows * length)
+    score = math.log(accuracy) - math.log(flops) - math.log(parameters) if accuracy else -math.inf
     return {"accuracy": accuracy, "flops_per_token": flops, "parameters": parameters, "log_efficiency": score}
-
-
-def flops_per_token(model: Any, batch: dict[str, Tensor]) -> float | None:
-    """Of a forward pass; None where they cannot be counted."""
-    rows, length = batch["input_ids"].shape
-    try:
-        return forward_flops(model, rows, length).total / (rows * length)
-    except ValueError:
-        return None
 
 
 def adapter_flops(model: Any, plan: PeftPlan) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from monkeyjump.mamba.adapting.comparison import before_and_after
 from monkeyjump.mamba.adapting.export import unit_counts
 from monkeyjump.mamba.adapting.mask_files import SavedMasks, check_fit, load_masks
-from monkeyjump.mamba.adapting.stages import calibration
+from monkeyjump.mamba.adapting.stages import calibration, left_alone
 from monkeyjump.mamba.channel_importance import channel_importance
 from monkeyjump.mamba.channels import channel_groups
 from monkeyjump.mamba.loading import load_model
@@ -71,6 +71,8 @@ def shrink_model(request: ShrinkRequest, display: Display) -> dict[str, Any]:
     stream = encode(tokenizer, train.texts)
     windows_in(stream, request.context_length)
     dense = load_model(request.model).float()
+    for line in left_alone(dense):
+        display.note(line)
     batches = calibration(stream, request)
     model = copy.deepcopy(dense)
     try:

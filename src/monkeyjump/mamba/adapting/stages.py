@@ -16,7 +16,7 @@ import torch
 from monkeyjump.allocation import PeftPlan, allocate_peft, attach_peft, taylor_importance
 from monkeyjump.mamba.adapting.peft_format import exportable
 from monkeyjump.mamba.channel_importance import channel_importance
-from monkeyjump.mamba.channels import GATE, channel_groups
+from monkeyjump.mamba.channels import GATE, channel_groups, unknown_mixers
 from monkeyjump.mamba.masks import LearnedMasks, MaskConfig, attach_masks
 from monkeyjump.mamba.order import ChannelOrder
 from monkeyjump.mamba.presets import Adapting
@@ -84,6 +84,8 @@ def _mask_config(settings: Adapting) -> MaskConfig:
 
 def lines(stages: Stages, model: Any) -> Iterator[str]:
     """What the log says before training."""
+    if stages.order is not None or stages.masks is not None:
+        yield from left_alone(model)
     order = stages.order
     if order is not None:
         yield f"channel order: {order.method}, {len(order.blocks)} blocks, {order.seconds:.1f} s"
@@ -99,6 +101,12 @@ def lines(stages: Stages, model: Any) -> Iterator[str]:
         yield from stages.plan.lines()
     trained, total = trainable(model)
     yield f"trainable parameters: {trained:,} of {total:,} ({trained / total:.2%})"
+
+
+def left_alone(model: Any) -> Iterator[str]:
+    """Mixers whose channels no order, mask or cut reaches."""
+    for mixer, count in unknown_mixers(model).items():
+        yield f"{count} x {mixer}: their channels stay as they are, in place and number"
 
 
 def path_cost(order: ChannelOrder | None) -> dict[str, float] | None:
