@@ -157,7 +157,7 @@ BROKEN = [
     (GOOD + "train: {learning_rat: 2}\n", "unknown field 'train.learning_rat' = 2", "'learning_rate'"),
     (GOOD + "train: {epochs: true}\n", "train.epochs = True: a number is needed", ""),
     (GOOD + "train: {batch_size: 0}\n", "train.batch_size = 0: input should be greater than or equal to 1", ""),
-    (GOOD + "train: {scheduler: cosin}\n", "scheduler='cosin' is not known: did you mean 'cosine'", ""),
+    (GOOD + "train: {scheduler: cosin}\n", "train.scheduler = 'cosin' is not known: did you mean 'cosine'", ""),
     (GOOD + "train: {arguments: {seed: 1}}\n", "'seed': set seed instead", ""),
     (GOOD + "train: {arguments: {fdsp: x}}\n", "'fdsp' is no argument of TrainingArguments: did you mean 'fsdp'", ""),
     (GOOD + "method: {topk: 2}\n", "'topk' is no field of lora: did you mean 'top_k'", ""),

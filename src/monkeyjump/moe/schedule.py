@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from monkeyjump.moe.model import MoETuner
+from monkeyjump.tuner.rank_allocation import check_schedule
 
 
 class RankUpdate(TrainerCallback):
@@ -31,7 +31,7 @@ class RankUpdate(TrainerCallback):
         Raises:
             ValueError: the model has no such adapter that trains, or it is sharded.
         """
-        self._tuner, self.completed = _tuner_of(model), completed
+        self._tuner, self.completed = _tuner_of(model, None), completed
         getattr(optimizer, "optimizer", optimizer).register_step_post_hook(self._after_step)
         return self
 
@@ -43,14 +43,7 @@ class RankUpdate(TrainerCallback):
     # ------------------------------------------------------------------ Trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self._tuner = _tuner_of(model)
-        assert self._tuner.rankallocator is not None
-        planned = self._tuner.rankallocator.peft_config.total_step
-        if planned != state.max_steps:
-            raise ValueError(
-                f"total_step={planned} is what AdaLoRA's rank schedule runs over, but this run has {state.max_steps} "
-                f"optimizer steps; set total_step={state.max_steps}"
-            )
+        self._tuner = _tuner_of(model, state.max_steps)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         assert self._tuner is not None
@@ -58,13 +51,9 @@ class RankUpdate(TrainerCallback):
             self._tuner.update_and_allocate(state.global_step + 1)
 
 
-def _tuner_of(model: nn.Module) -> MoETuner:
+def _tuner_of(model: nn.Module, total_steps: int | None) -> MoETuner:
     tuner = next((m for m in model.modules() if isinstance(m, MoETuner)), None)
     if tuner is None or tuner.rankallocator is None:
         raise ValueError("this model has no mixture of AdaLoRA experts that trains, so RankUpdate has nothing to do")
-    if any(isinstance(parameter, DTensor) for parameter in tuner.parameters()):
-        raise ValueError(
-            "base='adalora' cannot be sharded by FSDP2: PEFT's rank allocation reads whole matrices and gradients; "
-            "train it under DDP, or take base='lora'"
-        )
+    check_schedule(tuner, tuner.rankallocator.peft_config.total_step, total_steps)
     return tuner

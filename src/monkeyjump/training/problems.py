@@ -25,14 +25,18 @@ def explain(error: ValidationError, known: Names | Iterable[str]) -> list[tuple[
 
 
 def _one(details: ErrorDetails, known: Names) -> tuple[str, str]:
-    field = ".".join(str(part) for part in details["loc"]) or "the file"
-    value = details["input"]
+    field, value = ".".join(str(part) for part in details["loc"]), details["input"]
     if details["type"] == "extra_forbidden":
         hint = near_miss(details["loc"][-1], known(details["loc"]), "known")
         return f"unknown field '{field}' = {value!r}", hint
     if details["type"] == "missing":
         return f"field '{field}' is missing", "`monkeyjump train --help` lists the fields"
     text = details["msg"].removeprefix("Value error, ")
+    if not field:  # of several fields together, which it names
+        return text, ""
     if isinstance(value, dict | list):
         return f"{field}: {text}", ""
+    own = f"{details['loc'][-1]}={value!r}"  # where the text begins with the field and its value
+    if text.startswith(own):
+        return f"{field} = {value!r}{text.removeprefix(own)}", ""
     return f"{field} = {value!r}: {text[0].lower() + text[1:]}", ""

@@ -38,18 +38,30 @@ def allocating_tuner(model: nn.Module, total_steps: int | None) -> AdaLoraModel 
         if any(isinstance(m, AdaLoraLayer) for m in model.modules()):
             logger.warning("AdaLoRA's rank schedule needs the model that get_peft_model returns; no rank will move")
         return None
+    check_schedule(tuner, tuner.peft_config[tuner.trainable_adapter_name].total_step, total_steps)
+    return tuner
+
+
+def check_schedule(tuner: nn.Module, planned: int, total_steps: int | None) -> None:
+    """Whether ranks can be allocated in a run.
+
+    Args:
+        planned: optimizer steps that the schedule was made for.
+        total_steps: those of the run, where that is known.
+
+    Raises:
+        ValueError: the tuner is sharded, or the two numbers differ.
+    """
     if any(isinstance(parameter, DTensor) for parameter in tuner.parameters()):
         raise ValueError(
             "base='adalora' cannot be sharded by FSDP2: PEFT's rank allocation reads whole matrices and gradients; "
             "train it under DDP, or take base='lora'"
         )
-    planned = tuner.peft_config[tuner.trainable_adapter_name].total_step
     if total_steps is not None and planned != total_steps:
         raise ValueError(
             f"total_step={planned} is what AdaLoRA's rank schedule runs over, but this run has {total_steps} optimizer "
             f"steps; set total_step={total_steps}"
         )
-    return tuner
 
 
 def allocator_tensors(allocator: Any, pattern: dict[str, list[bool]] | None) -> dict[str, Tensor]:
