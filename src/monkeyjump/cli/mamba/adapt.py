@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from monkeyjump.cli.mamba.before_and_after import show_before_and_after
-from monkeyjump.cli.mamba.settings import TEXT_HELP, given_fields
+from monkeyjump.cli.mamba.settings import (
+    TEXT_HELP,
+    Changes,
+    Epochs,
+    HeldOut,
+    Minutes,
+    Preset,
+    Resume,
+    Steps,
+    given_fields,
+)
 from monkeyjump.cli.plan import Debug
 from monkeyjump.cli.screen import Screen
 from monkeyjump.tasks.errors import InputError
@@ -18,24 +28,20 @@ def adapt(
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help="A folder of `pretrain`, or a Hub id.")] = None,
     text: Annotated[list[str] | None, typer.Argument(metavar="TEXT", help=TEXT_HELP)] = None,
     output: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/adapted"),
-    held_out: Annotated[
-        list[str] | None, typer.Option(help="Text for the perplexity; repeatable. Else a share of TEXT is kept apart.")
-    ] = None,
+    held_out: HeldOut = None,
     order: Annotated[bool | None, typer.Option("--order/--no-order", help="Channel order.")] = None,
     masks: Annotated[bool | None, typer.Option("--masks/--no-masks", help="Learned masks, shrinking.")] = None,
     adapters: Annotated[bool | None, typer.Option("--adapters/--no-adapters", help="Hybrid PEFT.")] = None,
     peft_format: Annotated[
         bool, typer.Option("--peft-format", help="Adapt only modules that PEFT's own format can hold; writes peft/.")
     ] = False,
-    preset: Annotated[str | None, typer.Option(help="laptop (the default) or mamba-readme.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Train about so long; the speed is measured first.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Or so many optimizer steps.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Or so many passes over the text.")] = None,
+    preset: Preset = None,
+    minutes: Minutes = None,
+    steps: Steps = None,
+    epochs: Epochs = None,
     seed: Annotated[int | None, typer.Option(help="Of adapters, masks, windows and held-out documents.")] = None,
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the list below; repeatable.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
+    changes: Changes = None,
+    resume: Resume = False,
     debug: Debug = False,
 ) -> int:
     """Adapt a pretrained Mamba: channel order, learned masks, adapters where they matter, a smaller model.

@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from monkeyjump.cli.mamba.settings import TEXT_HELP, given_fields
+from monkeyjump.cli.mamba.settings import (
+    TEXT_HELP,
+    Changes,
+    Epochs,
+    HeldOut,
+    Minutes,
+    Preset,
+    Resume,
+    Steps,
+    given_fields,
+)
 from monkeyjump.cli.plan import Debug
 from monkeyjump.cli.screen import Screen, duration
 
@@ -16,18 +26,14 @@ from monkeyjump.cli.screen import Screen, duration
 def pretrain(
     text: Annotated[list[str] | None, typer.Argument(metavar="TEXT", help=TEXT_HELP)] = None,
     output: Annotated[Path, typer.Option(help="The run's folder; from_pretrained reads it.")] = Path("runs/mamba"),
-    held_out: Annotated[
-        list[str] | None, typer.Option(help="Text for the perplexity; repeatable. Else a share of TEXT is kept apart.")
-    ] = None,
-    preset: Annotated[str | None, typer.Option(help="laptop (the default) or mamba-readme.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Train about so long; the speed is measured first.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Or so many optimizer steps.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Or so many passes over the text.")] = None,
+    held_out: HeldOut = None,
+    preset: Preset = None,
+    minutes: Minutes = None,
+    steps: Steps = None,
+    epochs: Epochs = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, windows and held-out documents.")] = None,
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the list below; repeatable.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
+    changes: Changes = None,
+    resume: Resume = False,
     debug: Debug = False,
 ) -> int:
     """Pretrain a small Mamba on text of yours, from nothing: tokenizer, model, held-out perplexity.

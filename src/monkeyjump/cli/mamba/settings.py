@@ -1,9 +1,10 @@
-"""What the commands that train share: --set, and its fields in --help."""
+"""What the commands that train share: options, --set, and its fields in --help."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand
@@ -11,6 +12,19 @@ from typer.core import TyperCommand
 from monkeyjump.tasks.errors import InputError, near_miss
 
 TEXT_HELP = "Files or folders of .txt and .jsonl (field 'text'), or dataset:config:split of the Hub."
+
+
+HeldOut = Annotated[
+    list[str] | None, typer.Option(help="Text for the perplexity; repeatable. Else a share of TEXT is kept apart.")
+]
+Preset = Annotated[str | None, typer.Option(help="laptop (the default) or mamba-readme.")]
+Minutes = Annotated[float | None, typer.Option(help="Train about so long; the speed is measured first.")]
+Steps = Annotated[int | None, typer.Option(help="Or so many optimizer steps.")]
+Epochs = Annotated[float | None, typer.Option(help="Or so many passes over the text.")]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the list below; repeatable.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")]
 
 
 class WithSettings(TyperCommand):
