@@ -148,7 +148,7 @@ def test_rows_within_in_numbers() -> None:
 
 BLOCKS, DIM, TOKENS, BATCH = 32, 4096, 50_000, 1000
 LIMIT = 2**30
-SLACK = 320 * 2**20  # a few batches in float32 (the model's side), and the holes that malloc leaves: up to 200 seen
+SLACK = 192 * 2**20  # a few batches in float32 (the model's side), and the holes that malloc leaves
 
 
 def stream_and_fit(capacity: int) -> None:
@@ -180,7 +180,9 @@ def child(capacity: int) -> None:
 
 
 def run_child(capacity: int) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+    # a mapping of its own for every tensor, given back when it is freed: how many holes a heap keeps differs by machine
+    malloc = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    env = {**os.environ, **malloc, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, str(capacity)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=400, check=False)
 
@@ -194,7 +196,7 @@ def test_32_blocks_of_50_000_tokens_fit_into_one_gibibyte() -> None:
     assert bounded.returncode == 0, bounded.stderr
     assert bounded.stdout == f"clustered 32 blocks of {rows}\n"
     assert BLOCKS * TOKENS * DIM * 4 > 24 * LIMIT
-    for capacity in (TOKENS, rows * 3 // 2):  # all tokens; and half more than the cap allows
+    for capacity in (TOKENS, rows * 5 // 4):  # all tokens; and a quarter more than the cap allows
         refused = run_child(capacity)
         assert refused.returncode != 0
         assert "allocate memory" in refused.stderr
