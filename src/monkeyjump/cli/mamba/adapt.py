@@ -64,7 +64,6 @@ def adapt(
     from monkeyjump.mamba.adapting import AdaptRun, open_adapting
     from monkeyjump.mamba.adapting import adapt as adapt_run
     from monkeyjump.mamba.presets import DEFAULT_PRESET, adapting_config
-    from monkeyjump.mamba.text_runs.settings import refuse_to_go_on
 
     quiet()
     screen = Screen()
@@ -73,8 +72,6 @@ def adapt(
         order=order, masks=masks, adapters=adapters, peft_format=peft_format or None,
     )  # fmt: skip
     if resume and not (model or text or held_out or preset or given):
-        if not (output / AdaptRun.file).is_file():
-            refuse_to_go_on(output)
         run = open_adapting(output)
     else:
         if not (model and text):

@@ -59,14 +59,11 @@ def pretrain(
     from monkeyjump.mamba.presets import DEFAULT_PRESET, pretraining_config
     from monkeyjump.mamba.pretraining import PretrainRun, open_pretraining
     from monkeyjump.mamba.pretraining import pretrain as pretrain_run
-    from monkeyjump.mamba.text_runs.settings import refuse_to_go_on
 
     quiet()
     screen = Screen()
     given = given_fields("pretrain", changes, minutes=minutes, max_steps=steps, num_epochs=epochs, seed=seed)
     if resume and not (text or held_out or preset or given):
-        if not (output / PretrainRun.file).is_file():
-            refuse_to_go_on(output)
         run = open_pretraining(output)
     else:
         settings = pretraining_config(preset or DEFAULT_PRESET, **given)

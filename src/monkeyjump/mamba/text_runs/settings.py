@@ -37,7 +37,10 @@ def open_text_run(kind: type[Run], folder: Path) -> Run:
     """The run of a folder, wherever it has been moved to. Raises InputError."""
     path = folder / kind.file
     if not path.is_file():
-        raise InputError(f"{folder}: no {kind.file} in it", hint=f"`monkeyjump {kind.command}` makes one")
+        raise InputError(
+            f"--resume: {folder} holds no run to go on with",
+            hint="check --output, or give the whole command to start one",
+        )
     try:
         return kind.model_validate({**read_mapping(path, "fields"), "output": folder})
     except ValidationError as error:
@@ -92,13 +95,6 @@ def going_on(run: TextRun) -> str:
 def on_interrupt(run: TextRun, begun: bool) -> str:
     """What a signal's message says; before the settings are written there is nothing to go on with."""
     return f"interrupted; {going_on(run) if begun else 'nothing is kept yet: give the whole command again'}"
-
-
-def refuse_to_go_on(folder: Path) -> None:
-    """Raises InputError: --resume stands alone, and the folder holds no run."""
-    raise InputError(
-        f"--resume: {folder} holds no run to go on with", hint="check --output, or give the whole command to start one"
-    )
 
 
 def absolute_place(name: str) -> str:
